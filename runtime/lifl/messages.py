@@ -1,0 +1,506 @@
+"""The messages of the control plane: between agent, gateways, zygotes, workers and the coordinator of a node.
+
+Two listeners exist, both UNIX SEQPACKET (`control_channel`): the agent's (`agent.sock`), which every process of
+the node joins and whose end-of-file means its death, and the coordinator's (`coordinator.sock`), which answers
+the gateways. Every message is a msgspec struct tagged with its class name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lifl.slot import PoolGeometry
+
+Role = Literal["coordinator", "gateway", "zygote", "worker"]
+PoolKind = Literal["updates", "aggregates"]
+DataPlane = Literal["ebpf", "unix"]
+
+
+class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Base of all control messages; the tag is the class name."""
+
+
+# --- endpoints ---------------------------------------------------------------------------------------------
+
+_ROLE_SHIFT = 24
+ROLE_CODES: dict[Role, int] = {"coordinator": 1, "gateway": 2, "worker": 3, "zygote": 4}
+
+
+def endpoint_id(role: Role, number: int) -> int:
+    """The u32 id of an endpoint: the role's code in the top byte, a number that grows per role below."""
+    return ROLE_CODES[role] << _ROLE_SHIFT | number
+
+
+def endpoint_role(endpoint: int) -> Role | None:
+    """The role that an endpoint id names; None for a number that is no endpoint."""
+    code = endpoint >> _ROLE_SHIFT
+    return next((role for role, value in ROLE_CODES.items() if value == code), None)
+
+
+# --- pools -------------------------------------------------------------------------------------------------
+
+
+class PoolInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Describes one pool of a job on this node; its memory travels beside it as a file descriptor."""
+
+    pool: int
+    """Id, part of every slot reference."""
+    kind: PoolKind
+    """`updates`: written by gateways, read-only to workers. `aggregates`: models, optimiser state and
+    accumulators, written by workers."""
+    job: str
+    nonce: int
+    """Random 63-bit number of this pool's life: whoever knows the nonce already has the same memory."""
+    slots: int
+    header_capacity: int
+    payload_capacity: int
+
+    @property
+    def geometry(self) -> PoolGeometry:
+        """Where the slots lie."""
+        return PoolGeometry(self.slots, self.header_capacity, self.payload_capacity)
+
+
+# --- joining the agent -------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First message to the agent. A worker shows the ticket it was forked with; a gateway names its seat.
+
+    A zygote names its function in `function`, and in `failure` why it could not import it, if so.
+    """
+
+    role: Role
+    ticket: str = ""
+    seat: int = 0
+    function: str = ""
+    failure: str = ""
+
+
+class Welcome(Message):
+    """The agent's answer to `Hello`.
+
+    File descriptors, in this order: for every role but the zygote the near and the far end of its data-plane
+    connection; then, if `has_credit_page`, a memory object of one page whose first u64 the receiver sets to
+    the number of descriptors it has read so far; then one for each of `pools` (for a worker the pools of its
+    job, for a gateway all `updates` and `aggregates` pools, for the coordinator none).
+    """
+
+    endpoint: int
+    data_plane: DataPlane
+    has_credit_page: bool
+    pools: tuple[PoolInfo, ...] = ()
+    worker: WorkerSpec | None = None
+
+
+class RefusedJoin(Message):
+    """The agent does not admit the process; it closes the connection after this."""
+
+    reason: str
+
+
+# --- coordinator to agent; each is answered by Done with the same id -----------------------------------------
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a new worker has to know; all the rest reaches it as descriptors and through its pools."""
+
+    ticket: str
+    """Random, single use: proves to the agent that the joining process is the one that was asked for."""
+    job: str
+    function: str
+    accumulator: int
+    """Index of the first of its two accumulator slots in the aggregates pool."""
+    model_slots: int
+    """Model slots at the start of the aggregates pool; the safetensors header lies in each."""
+    state_slots: int
+    """Optimiser state slots (two generations of each array) that follow the model slots."""
+    timing: Literal["eager", "lazy"] = "eager"
+    precision: Literal["float32", "float64"] = "float32"
+
+
+class CreatePool(Message):
+    """Make the pool (or adopt its memory when a file descriptor is attached), pre-fault it, and hand it to
+    every gateway. `Done` carries one file descriptor: the memory, writable."""
+
+    id: int
+    info: PoolInfo
+
+
+class DropPool(Message):
+    """Forget the pool and tell the gateways."""
+
+    id: int
+    pool: int
+
+
+class ReclaimPool(Message):
+    """Give the pool's pages back to the kernel but keep the pool; content is lost, the next use faults in."""
+
+    id: int
+    pool: int
+
+
+class Allow(Message):
+    """Let each (source, destination) pair of endpoints exchange descriptors. Pairs of a worker with a
+    gateway (gateway to worker) or with the coordinator (both ways) are allowed at joining; these are the
+    others."""
+
+    id: int
+    pairs: tuple[tuple[int, int], ...]
+
+
+class StartWorkers(Message):
+    """Have the zygote of the function fork one worker for each spec. `Done` means the request was handed
+    over; each worker then appears as `Joined`."""
+
+    id: int
+    workers: tuple[WorkerSpec, ...]
+
+
+class StopWorkers(Message):
+    """End these workers: their connections are closed, which makes them exit."""
+
+    id: int
+    endpoints: tuple[int, ...]
+
+
+class GetTraffic(Message):
+    """Ask for the router's counters; `Done.traffic` carries them."""
+
+    id: int
+
+
+class EndpointTraffic(msgspec.Struct, frozen=True):
+    """The in-kernel sidecar's counters of one destination endpoint (paper: eBPF sidecar metrics)."""
+
+    endpoint: int
+    descriptors: int
+    bytes: int
+    last_nanoseconds: int
+    """Monotonic clock of the last descriptor; 0 for never."""
+    interarrival_nanoseconds: int
+    """Exponentially weighted mean of the time between descriptors (weight 1/8)."""
+    denied: int
+    """Descriptors this endpoint sent to where it may not."""
+    unroutable: int
+    """Descriptors for this endpoint that found nobody."""
+    full: int
+    """Descriptors for this endpoint that were returned because its credit was used up."""
+
+
+class Done(Message):
+    """Answer of the agent to a request of the coordinator; `error` is empty on success."""
+
+    id: int
+    error: str = ""
+    traffic: tuple[EndpointTraffic, ...] = ()
+
+
+# --- agent to coordinator, unasked ---------------------------------------------------------------------------
+
+
+class Joined(Message):
+    """A process has joined; `ticket` tells which worker it is, `seat` which gateway.
+
+    After the coordinator itself joins, the agent sends one of these for every process already there.
+    """
+
+    endpoint: int
+    role: Role
+    pid: int
+    ticket: str = ""
+    seat: int = 0
+    function: str = ""
+    failure: str = ""
+
+
+class Left(Message):
+    """A process is gone. Every descriptor it had sent is already in its receiver's queue."""
+
+    endpoint: int
+    role: Role
+    pid: int
+    ticket: str = ""
+    seat: int = 0
+    function: str = ""
+
+
+# --- agent to gateway and zygote -----------------------------------------------------------------------------
+
+
+class PoolAdded(Message):
+    """To a gateway: a pool exists now; one file descriptor is attached."""
+
+    info: PoolInfo
+
+
+class PoolDropped(Message):
+    """To a gateway: the pool is gone; unmap it."""
+
+    pool: int
+
+
+class Fork(Message):
+    """To a zygote: fork one worker for each spec."""
+
+    workers: tuple[WorkerSpec, ...]
+
+
+# --- gateway to coordinator (coordinator.sock): request and answer ---------------------------------------------
+
+
+class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `POST /v1/jobs` takes (DESIGN.md section 7)."""
+
+    name: str
+    function: str
+    goal: int
+    """Updates that close a round."""
+    quorum: int = 0
+    """Updates that suffice once the deadline has passed; 0 means the goal."""
+    deadline: float = 0.0
+    """Seconds from the opening of a round after which the quorum suffices; 0 means none."""
+    rounds: int = 0
+    """Rounds after which the job is complete; 0 means no end."""
+    timing: Literal["eager", "lazy"] = "eager"
+    updates_per_leaf: int = 2
+    """I of the hierarchy planner: updates for each leaf, before the limit of the cores."""
+    slots: int = 0
+    """Update slots of the pool on a node; 0 lets the platform choose from the goal and the memory."""
+    precision: Literal["float32", "float64"] = "float32"
+    keep_checkpoints: int = 10
+    """Newest global models kept on disk; 0 keeps all."""
+    durability: Literal["async", "sync"] = "async"
+    """`async`: a model is offered at once and written to disk behind it. `sync`: first written."""
+    idle_seconds: float = 60.0
+    """Time without traffic after which workers stop and the pool's memory goes back to the kernel."""
+
+
+class CreateJob(Message):
+    """Answered by `JobState`, or `Problem` 409/422."""
+
+    spec: JobSpec
+
+
+class InstallModel(Message):
+    """The initial model, complete and checked, lies in this file of the state directory; the coordinator takes
+    it over (rename). Answered by `JobState` once round 1 is open, or `Problem`."""
+
+    job: str
+    path: str
+
+
+class Admit(Message):
+    """Asked before the body is read: would this update be taken? Answered by `Verdict` or `Problem`."""
+
+    job: str
+    round: int
+    client: str
+    event_id: str
+
+
+class Commit(Message):
+    """The update is complete in this slot: count it, once. Answered by `Verdict`.
+
+    On `accepted` the coordinator itself sends nothing: the gateway sends the UPDATE descriptor to
+    `Verdict.destination`. On any other verdict the slot stays the gateway's to reuse.
+    """
+
+    job: str
+    round: int
+    client: str
+    event_id: str
+    slot: int
+    """Slot reference."""
+    generation: int
+    """Generation modulo 256, as in the descriptor."""
+    num_samples: float
+    started: float
+    """CLOCK_MONOTONIC seconds of the first byte of the request, for ACT."""
+
+
+class Verdict(Message):
+    """`open`: go on and read the body. `accepted`: counted. `duplicate`: this client already has its update
+    in this round. `late`: the round is closed; `round` is the open one. `early`: no such round yet."""
+
+    status: Literal["open", "accepted", "duplicate", "late", "early"]
+    round: int
+    destination: int = 0
+
+
+class BusySlots(Message):
+    """A gateway that starts anew on `seat` asks which of its slots are still in use. Answered by `Slots`."""
+
+    seat: int
+
+
+class Slots(Message):
+    """Slot references with the generation (8 bits) they hold."""
+
+    keys: tuple[tuple[int, int], ...]
+
+
+class AcquireModel(Message):
+    """Borrow the bytes of a global model. Answered by `ModelSource`, or `Problem` 404. `round` 0 = newest."""
+
+    job: str
+    round: int = 0
+
+
+class ModelSource(Message):
+    """Where the bytes of the model are: in the file `path`, which never changes; or, while that is not yet
+    written, in slot `slot` of the job's aggregates pool, lent until `ReturnModel` or the gateway's end."""
+
+    round: int
+    path: str
+    lease: int
+    slot: int = 0
+    header_bytes: int = 0
+    """Bytes of the safetensors header in the slot's header room, without the 8-byte length."""
+    payload_bytes: int = 0
+
+
+class ReturnModel(Message):
+    """Give back what `AcquireModel` lent; answered by `Acknowledged`."""
+
+    lease: int
+
+
+class DescribeJob(Message):
+    """Answered by `JobState` or `Problem` 404."""
+
+    job: str
+
+
+class ListJobs(Message):
+    """Answered by `Jobs`."""
+
+
+class DescribeRound(Message):
+    """Answered by `RoundState` or `Problem` 404."""
+
+    job: str
+    round: int
+
+
+class DeleteJob(Message):
+    """Stop the job's workers and give its memory back; checkpoints stay. Answered by `Acknowledged`."""
+
+    job: str
+
+
+class DescribeNodes(Message):
+    """Answered by `Nodes`."""
+
+
+class Subscribe(Message):
+    """Turn this connection into a stream of `JobState`, one for each job now and one at each change of a
+    job's round or status. Nothing more is answered on it."""
+
+
+class Acknowledged(Message):
+    """Done; nothing to say."""
+
+
+class Problem(Message):
+    """The request was refused (RFC 9457 fields)."""
+
+    status: int
+    title: str
+    detail: str = ""
+    retry_after: float = 0.0
+
+
+class RoundState(Message):
+    """One round of a job, as `GET /v1/jobs/{job}/rounds/{n}` shows it. Times in seconds."""
+
+    round: int
+    status: Literal["open", "closing", "complete"]
+    accepted: int
+    folded: int
+    rejected: int
+    late: int
+    duplicates: int
+    weight: float
+    act: float
+    """Aggregation completion time: first byte of the first update in, to global model offered; 0 if open."""
+    leaves: int
+    started: int
+    """Workers started for this round."""
+    reused: int
+    """Workers that served an earlier round or another place of the hierarchy."""
+    rejected_clients: tuple[str, ...] = ()
+
+
+class JobState(Message):
+    """One job, as `GET /v1/jobs/{job}` shows it."""
+
+    job: str
+    status: Literal["waiting-for-model", "running", "complete", "deleted", "failed"]
+    round: int
+    """The open round; 0 before the model is there."""
+    model_round: int
+    """The round that the newest global model starts (equal to `round` while one is open)."""
+    spec: JobSpec
+    data_plane: str
+    model_header_bytes: int = 0
+    model_payload_bytes: int = 0
+    updates_pool: int = -1
+    aggregates_pool: int = -1
+    model_layout: str = ""
+    """Hex SHA-256 of the model's safetensors header."""
+    nonce: int = 0
+    """Random number of this life of the job; part of the model's ETag."""
+    current: RoundState | None = None
+    last: RoundState | None = None
+    checkpointed_round: int = 0
+    workers: int = 0
+    detail: str = ""
+
+
+class Jobs(Message):
+    """All jobs of the coordinator."""
+
+    jobs: tuple[JobState, ...]
+
+
+class NodeState(msgspec.Struct, frozen=True):
+    """One node."""
+
+    name: str
+    cores: int
+    data_plane: str
+    gateways: int
+    workers: int
+    pool_bytes: int
+    zygotes: tuple[str, ...] = ()
+    traffic: tuple[EndpointTraffic, ...] = ()
+
+
+class Nodes(Message):
+    """All nodes of the coordinator."""
+
+    nodes: tuple[NodeState, ...]
+
+
+ToAgent = Hello | CreatePool | DropPool | ReclaimPool | Allow | StartWorkers | StopWorkers | GetTraffic
+FromAgent = Welcome | RefusedJoin | Done | Joined | Left | PoolAdded | PoolDropped | Fork
+ToCoordinator = (
+    CreateJob
+    | InstallModel
+    | Admit
+    | Commit
+    | BusySlots
+    | AcquireModel
+    | ReturnModel
+    | DescribeJob
+    | ListJobs
+    | DescribeRound
+    | DeleteJob
+    | DescribeNodes
+    | Subscribe
+)
+FromCoordinator = JobState | Problem | Verdict | Slots | ModelSource | RoundState | Acknowledged | Jobs | Nodes
