@@ -77,6 +77,10 @@ class Hello(Message):
     seat: int = 0
     function: str = ""
     failure: str = ""
+    gather: bool = False
+    """The zygote's function wants all updates of a round at once."""
+    state_arrays: int = 0
+    """Arrays that the server optimiser of the zygote's function keeps between rounds."""
 
 
 class Welcome(Message):
@@ -215,6 +219,8 @@ class Joined(Message):
     seat: int = 0
     function: str = ""
     failure: str = ""
+    gather: bool = False
+    state_arrays: int = 0
 
 
 class Left(Message):
@@ -329,10 +335,12 @@ class Verdict(Message):
     status: Literal["open", "accepted", "duplicate", "late", "early"]
     round: int
     destination: int = 0
+    """The aggregator's endpoint; 0 when it is only being started: the coordinator then sends the descriptor."""
 
 
 class BusySlots(Message):
-    """A gateway that starts anew on `seat` asks which of its slots are still in use. Answered by `Slots`."""
+    """Asked by a gateway after each joining of the agent: which slots of its `seat` hold accepted updates that
+    are not folded yet? Whatever else it thought in use is free. Answered by `Slots`."""
 
     seat: int
 

@@ -1,0 +1,283 @@
+"""Processes of the benchmarks: clients forked from this one, a node started as users do, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 15.0
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def limit_threads() -> dict[str, str]:
+    """One thread for each numerical library of this process and its forks; call before importing any.
+
+    Returns the environment as it was, for programs that are started and not forked.
+    """
+    before = dict(os.environ)
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    return before
+
+
+# --- what processes cost -------------------------------------------------------------------------------------
+
+
+class _Stat(NamedTuple):
+    parent: int
+    ticks: int
+    """CPU time, with that of the children it has waited for."""
+    started: int
+    """Start time: with the pid it identifies a process for good."""
+
+
+def _read_stat(pid: int) -> _Stat | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return _Stat(int(fields[1]), sum(int(field) for field in fields[11:15]), int(fields[19]))
+
+
+def _tree_of(pid: int) -> dict[int, _Stat]:
+    """`pid` and every process below it."""
+    stats = {
+        int(name): stat
+        for name in os.listdir("/proc")
+        if name.isdecimal() and (stat := _read_stat(int(name))) is not None
+    }
+    children: dict[int, list[int]] = {}
+    for child, stat in stats.items():
+        children.setdefault(stat.parent, []).append(child)
+    found: dict[int, _Stat] = {}
+    waiting = [pid]
+    while waiting:
+        current = waiting.pop()
+        if current in stats:
+            found[current] = stats[current]
+            waiting += children.get(current, ())
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds (user and system) that `pid` and all its descendants have used, ended ones included."""
+    return sum(stat.ticks for stat in _tree_of(pid).values()) / _TICKS_PER_S
+
+
+# --- the node ------------------------------------------------------------------------------------------------
+
+
+class NodeProcess:
+    """A node of its own on a free port, started with `func run`; use it in a `with` statement.
+
+    Raises RuntimeError, with what the node printed, if it does not come up.
+    """
+
+    def __init__(
+        self,
+        state_directory: Path,
+        environment: dict[str, str],
+        *,
+        data_plane: str = "auto",
+        project: Path = REPOSITORY,
+        gateways: int = 1,
+    ) -> None:
+        state_directory.mkdir(parents=True, exist_ok=True)
+        self._log = state_directory / "node.log"
+        command = [sys.executable, "-m", "lifl.cli", "run", "--path", str(project), "--address", "127.0.0.1:0"]
+        command += ["--state-directory", str(state_directory), "--data-plane", data_plane]
+        command += ["--gateways", str(gateways), "-o", "json"]
+        with self._log.open("wb") as log:
+            # A session of its own: Ctrl-C is for the benchmark, which then stops the node in order.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={name: value for name, value in environment.items() if not name.startswith("FUNC_")},
+                start_new_session=True,
+            )
+        try:
+            ready = self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        self.address = f"http://{ready['address']}"
+        self.data_plane = str(ready["data_plane"])
+
+    def _wait_ready(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        line = b""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not line.endswith(b"\n"):
+            if not connection.wait([descriptor], max(0.0, deadline - time.monotonic())):
+                raise RuntimeError(f"the node did not start within {_START_TIMEOUT_S:.0f} s:\n{self.log()}")
+            if not (chunk := os.read(descriptor, 65536)):
+                raise RuntimeError(f"the node did not start:\n{self.log()}")
+            line += chunk
+        ready: dict[str, Any] = json.loads(line)
+        return ready
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's process id; the node's other processes are below it."""
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the supervisor is there."""
+        return self._process.poll() is None
+
+    def log(self) -> str:
+        """The end of what the node printed."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all processes of the node so far."""
+        return cpu_seconds(self.pid)
+
+    def stop(self) -> None:
+        """End the node, by force if it takes too long, and whatever it may leave behind."""
+        below = _tree_of(self.pid)
+        if self.is_running:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                below |= _tree_of(self.pid)
+                self._process.kill()
+                self._process.wait()
+        for pid, stat in below.items():
+            now = _read_stat(pid)
+            if now is not None and now.started == stat.started:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+        if self._process.stdout:
+            self._process.stdout.close()
+
+    def __enter__(self) -> NodeProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+# --- clients -------------------------------------------------------------------------------------------------
+
+
+class Team:
+    """Processes forked from this one, each running `work(number, link)`; use it in a `with` statement.
+
+    `link` is the worker's end of a two-way pipe. What was imported and built before the fork is shared. The
+    calling process may have no other thread. A worker's exception arrives as RuntimeError in `receive`.
+    """
+
+    def __init__(self, count: int, work: Callable[[int, connection.Connection], None]) -> None:
+        if threading.active_count() > 1:
+            raise RuntimeError("clients are forked, which threads do not survive")
+        context = multiprocessing.get_context("fork")
+        self._links: list[connection.Connection] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        try:
+            for number in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=self._run, args=(work, number, theirs, [*self._links, ours]), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._links.append(ours)
+                self._processes.append(process)
+        except BaseException:
+            self.stop()
+            raise
+
+    @staticmethod
+    def _run(
+        work: Callable[[int, connection.Connection], None],
+        number: int,
+        link: connection.Connection,
+        others: list[connection.Connection],
+    ) -> None:
+        # Ctrl-C reaches the whole terminal; the parent decides. Its end closes the pipe, which ends the worker.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for other in others:
+            other.close()
+        try:
+            work(number, link)
+        except (EOFError, BrokenPipeError):
+            pass
+        except Exception as error:
+            try:
+                link.send((type(error).__name__, str(error), traceback.format_exc()))
+            except OSError:
+                pass
+            os._exit(1)
+
+    def send_all(self, message: object) -> None:
+        """Send the same to every worker."""
+        for link in self._links:
+            link.send(message)
+
+    def receive(self, count: int, timeout_s: float) -> Iterator[tuple[int, Any]]:
+        """The next `count` messages, each with its worker's number, in the order of arrival.
+
+        Raises RuntimeError if a worker fails or is gone, TimeoutError after `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        numbers = {link: number for number, link in enumerate(self._links)}
+        while count > 0:
+            ready = connection.wait(self._links, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"{count} clients said nothing within {timeout_s:.0f} s")
+            for link in ready[:count]:
+                assert isinstance(link, connection.Connection)
+                try:
+                    message = link.recv()
+                except (EOFError, ConnectionResetError):
+                    raise RuntimeError(f"client {numbers[link]} is gone") from None
+                if isinstance(message, tuple) and len(message) == 3 and message[2].startswith("Traceback"):
+                    raise RuntimeError(f"client {numbers[link]} failed: {message[0]}: {message[1]}\n{message[2]}")
+                yield numbers[link], message
+                count -= 1
+
+    def stop(self) -> None:
+        """End all workers."""
+        for link in self._links:
+            link.close()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(_STOP_TIMEOUT_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

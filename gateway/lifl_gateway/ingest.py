@@ -1,0 +1,287 @@
+"""Taking in a model update: from the socket straight into a slot, and nothing twice.
+
+What can be checked from the headers is checked before the body is read. Then the safetensors header is compared
+with the model's, the payload is received on its place in the slot, the coordinator counts the update, and its
+descriptor goes to the aggregator.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+from lifl.errors import Busy, InvalidModel, LiflError, Refused, Unavailable
+from lifl.messages import Admit, Commit, JobState, Verdict
+from lifl.slot import UpdateHeader
+
+from lifl_gateway.coordinator_client import CoordinatorClient
+from lifl_gateway.event import (
+    PAYLOAD_TYPES,
+    STRUCTURED_TYPE,
+    UpdateEvent,
+    event_from_headers,
+    event_from_json,
+)
+from lifl_gateway.layouts import JobLayout, JobLayouts
+from lifl_gateway.metrics import Metrics
+from lifl_gateway.node_link import NodeLink, UpdatePool, header_room
+from lifl_gateway.problems import Late
+from lifl_gateway.slots import HeldSlot
+from lifl_gateway.tokens import Identity
+from lifl_gateway.transfer import PeerGone, TooSlow
+
+LENGTH_BYTES: Final = 8
+"""The little-endian length before a safetensors header."""
+
+_SMALLEST_BODY: Final = LENGTH_BYTES + 2
+_COMMIT_SECONDS: Final = 60.0
+_EVENT_ROOM: Final = 64 * 1024
+# Structured events are held in memory, decoded and not, so only few at a time.
+_STRUCTURED_AT_ONCE: Final = 2
+
+
+class Body(Protocol):
+    """Where an update's bytes come from."""
+
+    remaining: int
+
+    def fill(self, view: memoryview) -> None:
+        """Fill `view` completely with the next bytes."""
+
+
+class _Memory:
+    """The data of a structured event as a Body."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self.remaining = len(data)
+
+    def fill(self, view: memoryview) -> None:
+        view[:] = self._data[: len(view)]
+        self._data = self._data[len(view) :]
+        self.remaining -= len(view)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an update that was not refused."""
+
+    status: Literal["accepted", "duplicate"]
+    round: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an update may go: its job's layout and pool."""
+
+    state: JobState
+    layout: JobLayout
+    pool: UpdatePool
+
+    @property
+    def most_bytes(self) -> int:
+        """Longest body that can be an update of this job."""
+        return LENGTH_BYTES + self.pool.memory.geometry.header_capacity + self.state.model_payload_bytes
+
+
+class Ingest:
+    """Takes in updates; usable from any thread."""
+
+    def __init__(
+        self, coordinator: CoordinatorClient, link: NodeLink, layouts: JobLayouts, metrics: Metrics
+    ) -> None:
+        self._coordinator = coordinator
+        self._link = link
+        self._layouts = layouts
+        self._metrics = metrics
+        self._structured = threading.BoundedSemaphore(_STRUCTURED_AT_ONCE)
+        self._in_doubt = False
+        """The answer to some Commit never came, so a slot may be free that we believe in use."""
+
+    def take_in(self, state: JobState, environ: Mapping[str, Any], identity: Identity) -> Outcome:
+        """Take in the update of one request for a running job.
+
+        Raises Refused (Late, Busy) or InvalidModel for what the client can change, Unavailable while a part of
+        the node is away, TooSlow or PeerGone when the body does not come.
+        """
+        started = environ["lifl.started"]
+        try:
+            outcome = self._take_in(state, environ, identity, started)
+        except LiflError as error:
+            self._metrics.updates.labels(_outcome_of(error)).inc()
+            raise
+        self._metrics.updates.labels(outcome.status).inc()
+        if outcome.status == "accepted":
+            self._metrics.ingest_seconds.observe(time.monotonic() - started)
+        return outcome
+
+    def _take_in(
+        self, state: JobState, environ: Mapping[str, Any], identity: Identity, started: float
+    ) -> Outcome:
+        media_type = environ.get("CONTENT_TYPE", "").split(";")[0].strip().lower()
+        if media_type == STRUCTURED_TYPE:
+            return self._take_in_structured(state, environ["wsgi.input"], identity, started)
+        if media_type not in PAYLOAD_TYPES:
+            known = ", ".join((*PAYLOAD_TYPES, STRUCTURED_TYPE))
+            raise Refused(415, "Unsupported Media Type", f"send the update as one of {known}")
+        event = event_from_headers(environ)
+        identity.require_client(event.client)
+        body: Body = environ["wsgi.input"]
+        place = self._place(state)
+        _check_size(body.remaining, place.most_bytes)
+        return self._admit(event, place) or self._store(event, place, body, started)
+
+    def _take_in_structured(
+        self, state: JobState, body: Body, identity: Identity, started: float
+    ) -> Outcome:
+        """A structured event has its attributes in the body, so all of it is read before anything is asked."""
+        place = self._place(state)
+        most = -(-place.most_bytes // 3) * 4 + _EVENT_ROOM
+        if body.remaining > most:
+            raise Refused(413, "Content Too Large", f"an event of at most {most} bytes is expected")
+        if not self._structured.acquire(blocking=False):
+            raise Busy("Busy", "too many structured events at once; binary mode has no such limit")
+        try:
+            received = bytearray(body.remaining)
+            body.fill(memoryview(received))
+            event, data = event_from_json(received)
+            del received
+            identity.require_client(event.client)
+            _check_size(len(data), place.most_bytes)
+            return self._admit(event, place) or self._store(event, place, _Memory(data), started)
+        finally:
+            self._structured.release()
+
+    def _place(self, state: JobState) -> _Place:
+        return _Place(state, self._layouts.of(state), self._link.update_pool(state))
+
+    def _admit(self, event: UpdateEvent, place: _Place) -> Outcome | None:
+        """Ask whether the update would be taken; None if so."""
+        question = Admit(place.state.job, event.round, event.client, event.event_id)
+        verdict = self._coordinator.ask(question, Verdict)
+        return None if verdict.status == "open" else _not_taken(verdict, event)
+
+    def _store(self, event: UpdateEvent, place: _Place, body: Body, started: float) -> Outcome:
+        slot = self._take_slot(place.pool)
+        is_in_doubt = False
+        try:
+            filled = _receive(slot, place, body)
+            _write_header(slot, place, event, filled)
+            try:
+                verdict = self._commit(slot, place, event, started)
+            except Unavailable:
+                is_in_doubt = self._in_doubt = True
+                raise
+        except BaseException:
+            if is_in_doubt:  # perhaps it counts: then its RELEASE will come
+                place.pool.slots.mark_sent(slot)
+            else:
+                place.pool.slots.give_back(slot)
+            raise
+        if verdict.status != "accepted":
+            place.pool.slots.give_back(slot)
+            return _not_taken(verdict, event)
+        self._send(slot, place.pool, verdict, event)
+        self._metrics.received_bytes.inc(filled.received_bytes)
+        return Outcome("accepted", verdict.round)
+
+    def _take_slot(self, pool: UpdatePool) -> HeldSlot:
+        slot = pool.slots.take()
+        if slot is None and self._in_doubt:
+            self._link.settle_slots()
+            self._in_doubt = False
+            slot = pool.slots.take()
+        if slot is None:
+            raise Busy("Full", "all slots for updates are in use; send it again in a moment")
+        # The generation is in memory before the use: a gateway started anew on this seat goes on from it.
+        UpdateHeader(slot.generation, 0, False, 0.0, 0, 0, "").pack_into(pool.memory.header(slot.index))
+        return slot
+
+    def _commit(self, slot: HeldSlot, place: _Place, event: UpdateEvent, started: float) -> Verdict:
+        question = Commit(
+            job=place.state.job,
+            round=event.round,
+            client=event.client,
+            event_id=event.event_id,
+            slot=place.pool.reference(slot.index),
+            generation=slot.generation & 0xFF,
+            num_samples=event.num_samples,
+            started=started,
+        )
+        return self._coordinator.ask(question, Verdict, _COMMIT_SECONDS)
+
+    def _send(self, slot: HeldSlot, pool: UpdatePool, verdict: Verdict, event: UpdateEvent) -> None:
+        if pool.slots.mark_sent(slot) and verdict.destination:
+            reference = pool.reference(slot.index)
+            self._link.send_update(verdict.destination, reference, event.round, slot.generation)
+
+
+def _check_size(nbytes: int, most: int) -> None:
+    if nbytes < _SMALLEST_BODY:
+        raise InvalidModel(f"{nbytes} bytes are no safetensors file")
+    if nbytes > most:
+        raise Refused(413, "Content Too Large", f"an update of this job has at most {most} bytes, not {nbytes}")
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """What a slot was filled with. Bytes."""
+
+    layout_bytes: int
+    """Safetensors header in the header room; 0 when it is the model's own."""
+    payload_bytes: int
+    received_bytes: int
+
+
+def _receive(slot: HeldSlot, place: _Place, body: Body) -> _Filled:
+    """Receive a whole body into a slot: header to the header room, payload to its place."""
+    room = header_room(place.pool.memory, slot.index)
+    received_bytes = body.remaining
+    length = bytearray(LENGTH_BYTES)
+    body.fill(memoryview(length))
+    claimed = int.from_bytes(length, "little")
+    most = min(len(room), body.remaining)
+    if claimed > most:
+        raise InvalidModel(f"the safetensors header claims {claimed} bytes; at most {most} are possible here")
+    body.fill(room[:claimed])
+    header = bytes(room[:claimed])
+    payload_bytes = place.layout.payload_of(header)
+    if body.remaining != payload_bytes:
+        raise InvalidModel(f"the tensors take {payload_bytes} bytes, but {body.remaining} follow the header")
+    body.fill(place.pool.memory.payload(slot.index, payload_bytes))
+    return _Filled(0 if header == place.layout.header else claimed, payload_bytes, received_bytes)
+
+
+def _write_header(slot: HeldSlot, place: _Place, event: UpdateEvent, filled: _Filled) -> None:
+    header = UpdateHeader(
+        generation=slot.generation,
+        round=event.round,
+        is_delta=event.is_delta,
+        num_samples=event.num_samples,
+        layout_bytes=filled.layout_bytes,
+        payload_bytes=filled.payload_bytes,
+        client=event.client,
+    )
+    header.pack_into(place.pool.memory.header(slot.index))
+
+
+def _not_taken(verdict: Verdict, event: UpdateEvent) -> Outcome:
+    """A duplicate is a success; raises Late for the others."""
+    if verdict.status == "duplicate":
+        return Outcome("duplicate", event.round)
+    if verdict.status == "early":
+        raise Late("Early", f"round {event.round} is not open yet; round {verdict.round} is", verdict.round)
+    raise Late("Late", f"round {event.round} is closed; round {verdict.round} comes next", verdict.round)
+
+
+def _outcome_of(error: LiflError) -> str:
+    if isinstance(error, Late):
+        return error.title.lower()
+    if isinstance(error, Busy):
+        return "full"
+    if isinstance(error, PeerGone | TooSlow):
+        return "incomplete"
+    return "refused"

@@ -1,0 +1,582 @@
+"""The client of a job: fetch the global model, train, submit the update, wait for the next round.
+
+    with Client("http://127.0.0.1:8080", "mnist", "client-7") as client:
+        model = client.fetch_model()
+        while True:
+            tensors, samples = train(model.torch())
+            client.submit(tensors, num_samples=samples, round=model.round)
+            model = client.wait_for_round(after=model.round)
+
+One connection is kept open. It is spoken to on the socket itself, with only the answers parsed by `http.client`:
+a gateway that is full, or that has the update already, answers before the body and closes, and
+`http.client.HTTPConnection` would lose that answer to the broken pipe it meets while sending.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import ipaddress
+import json
+import math
+import random
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
+from urllib.parse import quote, urlsplit
+
+from lifl.errors import Busy, InvalidInput, Refused, Unavailable
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from lifl.model_layout import ModelLayout
+    from lifl.tensors import Buffer, Encoder, Tensor
+
+EVENT_TYPE: Final = "dev.lifl.update.v1"
+MEDIA_TYPE: Final = "application/vnd.safetensors"
+EXPECT_BYTES: Final = 1 << 20
+"""Longer bodies are announced first, and sent when the gateway asks for them or says nothing for a second."""
+LONG_POLL_SECONDS: Final = 30.0
+"""How long one request waits at the gateway for the next round."""
+
+_EXPECT_SECONDS: Final = 1.0
+_SEND_BYTES: Final = 16 << 20  # the timeout counts anew for each piece of this size
+_MAX_HEAD_BYTES: Final = 64 << 10
+_MAX_UNSIZED_BYTES: Final = 16 << 20
+_MAX_BACKOFF_SECONDS: Final = 60.0
+# CloudEvents HTTP 3.1.3.2: printable ASCII but space, quote and percent stands for itself.
+_SAFE: Final = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '"%')
+_CONGESTION: Final = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What became of an update.
+
+    `accepted`: it counts. `duplicate`: this client's update of the round counted already. `late`: the round is
+    closed, and the update does not count. `round` is the round of the update, or the open one if it was late.
+    """
+
+    status: Literal["accepted", "duplicate", "late"]
+    round: int
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """The global model that a round starts from, in the one buffer it was received in."""
+
+    round: int
+    data: bytearray = field(repr=False)
+    """The safetensors bytes."""
+    etag: str
+
+    @cached_property
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The tensors by name as read-only numpy views; BF16 comes as a float32 copy, BOOL as a copy.
+
+        Raises InvalidModel if the bytes are not right.
+        """
+        from lifl.tensors import as_array, byte_view
+
+        layout, payload = self._split
+        view = byte_view(payload)
+        return {spec.name: as_array(view, spec) for spec in layout.tensors}
+
+    def torch(self) -> dict[str, torch.Tensor]:
+        """The tensors by name as torch tensors: a state dict. They share memory with `data`; needs torch.
+
+        Training in place changes `data`: `load_state_dict` copies, but do not optimise these tensors themselves.
+        """
+        from lifl.tensors import as_torch, byte_view
+
+        layout, payload = self._split
+        view = byte_view(payload)
+        return {spec.name: as_torch(view, spec) for spec in layout.tensors}
+
+    @cached_property
+    def _split(self) -> tuple[ModelLayout, memoryview]:
+        from lifl.tensors import split
+
+        return split(self.data)
+
+
+class Client:
+    """Talks to a job over one kept-alive connection. Not for use by several threads at once.
+
+    `timeout` is the time in seconds that any one step may take without progress: connecting, 16 MiB of a body,
+    the answer. `retries` is how often a call is repeated when the gateway is busy (after the time it asks for)
+    or nobody answers; every call may safely be repeated. `token` is sent as a bearer token.
+    Calls raise Refused when the platform says no, Busy or Unavailable when retries did not help.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        job: str,
+        client_id: str,
+        *,
+        token: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 5,
+    ) -> None:
+        """`url` is the gateway's, such as http://127.0.0.1:8080. Raises InvalidInput for a URL of another form."""
+        if not client_id:
+            raise InvalidInput("a client needs an id, so that its updates can be told from others'")
+        self.job = job
+        self.client_id = client_id
+        self._retries = retries
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._connection = _Connection(url, timeout)
+        self._base = f"{self._connection.prefix}/v1/jobs/{quote(job, safe='')}"
+        self._encoder: Encoder | None = None
+        self._newest: tuple[int, str] = (0, "")  # round and etag of the newest model seen
+        self._sleep: Callable[[float], None] = time.sleep
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next call opens another."""
+        self._connection.close()
+
+    # --- training --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        update: Mapping[str, Tensor] | Buffer,
+        *,
+        num_samples: float,
+        round: int,
+        delta: bool = False,
+    ) -> Submission:
+        """Send a model update and return what became of it.
+
+        `update` maps names to numpy arrays or torch tensors, which are copied once into a buffer that is used
+        again, or is safetensors bytes, which are sent as they are. `delta` says that it is the difference to the
+        round's model. `num_samples` is its weight. A repeated call for the same round cannot count twice.
+        Raises InvalidInput for what no gateway would accept, before anything is sent.
+        """
+        if not (math.isfinite(num_samples) and num_samples > 0):
+            raise InvalidInput(f"num_samples must be finite and more than 0, not {num_samples}")
+        identity = hashlib.blake2s(f"{self.job}\0{self.client_id}".encode(), digest_size=16).hexdigest()
+        headers = {
+            "Content-Type": MEDIA_TYPE,
+            "ce-specversion": "1.0",
+            "ce-type": EVENT_TYPE,
+            "ce-source": quote(self.client_id, safe=_SAFE),
+            # The same for each attempt, and unique across clients: brokers look at nothing else.
+            "ce-id": f"{identity}-{round}",
+            "ce-round": str(round),
+            "ce-numsamples": repr(float(num_samples)),
+        }
+        if delta:
+            headers["ce-kind"] = "delta"
+        body = self._encode(update)
+        try:
+            answer = self._call("POST", f"{self._base}/updates", headers, body)
+        except Refused as refusal:
+            open_round = getattr(refusal, "round", None)
+            if refusal.status == 409 and isinstance(open_round, int) and open_round > round:
+                return Submission("late", open_round)
+            raise
+        return Submission("duplicate" if answer.status == 200 else "accepted", round)
+
+    def fetch_model(self, round: int | None = None) -> GlobalModel:
+        """Return the model that the open round starts from, or an earlier round's while that is kept.
+
+        Raises Refused 404 if there is none.
+        """
+        query = "" if round is None else f"?round={round}"
+        return self._model(self._call("GET", f"{self._base}/model{query}"))
+
+    def wait_for_round(self, after: int, timeout: float | None = None) -> GlobalModel:
+        """Wait until a round later than `after` is open and return its model.
+
+        `timeout` is in seconds, None waits for ever. Raises TimeoutError when it is over.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            wait = max(0.0, min(LONG_POLL_SECONDS, deadline - time.monotonic()))
+            # Without the tag of that round's model the answer is the newest model at once, and its tag.
+            newest, etag = self._newest
+            headers = {"If-None-Match": etag} if etag and newest <= after else {}
+            answer = self._call("GET", f"{self._base}/model?wait={wait:.3g}", headers, wait=wait)
+            if answer.status != 304:
+                model = self._model(answer)
+                if model.round > after:
+                    return model
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"round {after} of job {self.job!r} is still open after {timeout:g} seconds")
+            if answer.status != 304 and headers:
+                self._sleep(0.1)  # the model was replaced within its round: do not ask for it in a tight loop
+
+    def round(self) -> int:
+        """The number of the open round; 0 before there is a model."""
+        return int(self.describe().get("round", 0))
+
+    # --- operating -------------------------------------------------------------------------------------------
+
+    def create_job(self, **spec: Any) -> dict[str, Any]:
+        """Create the job; `spec` is function, goal, quorum, deadline, rounds and so on. Returns its state.
+
+        Raises Refused 409 if the name belongs to a job with another specification.
+        """
+        body = json.dumps({"name": self.job, **spec}).encode()
+        path = f"{self._connection.prefix}/v1/jobs"
+        return self._call("POST", path, {"Content-Type": "application/json"}, body).json()
+
+    def upload_model(self, model: Mapping[str, Tensor] | Buffer) -> dict[str, Any]:
+        """Give the job its initial model, which fixes the layout and opens round 1. Returns the job's state."""
+        return self._call("PUT", f"{self._base}/model", {"Content-Type": MEDIA_TYPE}, self._encode(model)).json()
+
+    def describe(self) -> dict[str, Any]:
+        """The state of the job as the gateway tells it."""
+        return self._call("GET", self._base).json()
+
+    def delete(self) -> None:
+        """Stop the job: its workers end and its memory is given back; checkpoints stay."""
+        self._call("DELETE", self._base)
+
+    # --- requests --------------------------------------------------------------------------------------------
+
+    def _encode(self, model: Mapping[str, Tensor] | Buffer) -> Buffer:
+        if not isinstance(model, Mapping):
+            return model
+        if self._encoder is None:
+            from lifl.tensors import Encoder  # the first thing here to need numpy
+
+            self._encoder = Encoder()
+        return self._encoder.encode(model)
+
+    def _model(self, answer: _Answer) -> GlobalModel:
+        number = answer.headers.get("lifl-round", "")
+        if not number.isdecimal():
+            raise Unavailable(f"{self._connection.origin} sent a model without LIFL-Round; is it a LIFL gateway?")
+        model = GlobalModel(int(number), answer.body, answer.headers.get("etag", ""))
+        self._newest = max(self._newest, (model.round, model.etag))
+        return model
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str] | None = None,
+        body: Buffer | None = None,
+        *,
+        wait: float = 0.0,
+    ) -> _Answer:
+        """One request, repeated while that may help; Refused for every status from 400 on."""
+        view = None if body is None else memoryview(cast(bytes, body)).cast("B")
+
+        def attempt() -> _Answer:
+            answer = self._connection.request(method, path, {**self._headers, **(headers or {})}, view, wait)
+            if answer.status >= 400:
+                raise _refusal(answer)
+            return answer
+
+        return self._repeat(attempt)
+
+    def _repeat(self, attempt: Callable[[], _T]) -> _T:
+        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+
+        retrying = Retrying(
+            sleep=self._sleep,
+            stop=stop_after_attempt(self._retries + 1),
+            wait=_pause,
+            retry=retry_if_exception_type((Busy, Unavailable)),
+            reraise=True,
+        )
+        return retrying(attempt)
+
+
+def _pause(state: Any) -> float:
+    """Seconds before the next attempt: what the gateway asked for, or ever longer; never the same for all."""
+    error = state.outcome.exception()
+    if isinstance(error, Busy):
+        return min(_MAX_BACKOFF_SECONDS, error.retry_after * random.uniform(1.0, 1.5))
+    attempts: int = state.attempt_number
+    return min(_MAX_BACKOFF_SECONDS, 0.1 * 2.0**attempts) * random.uniform(0.5, 1.0)
+
+
+def _refusal(answer: _Answer) -> Refused:
+    """The error that a problem document (RFC 9457), or any other answer from 400 on, stands for."""
+    problem: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        decoded = json.loads(bytes(answer.body))
+        problem = decoded if isinstance(decoded, dict) else {}
+    title = str(problem.get("title") or answer.reason or f"HTTP status {answer.status}")
+    detail = str(problem.get("detail") or "")
+    refusal: Refused
+    if answer.status == 503:
+        refusal = Busy(title, detail, retry_after=_retry_after(answer.headers.get("retry-after", "")))
+    else:
+        refusal = Refused(answer.status, title, detail)
+    # Only a late update carries one; `submit` looks for it.
+    refusal.round = problem.get("round")  # type: ignore[attr-defined]
+    return refusal
+
+
+def _retry_after(value: str) -> float:
+    """Seconds of a Retry-After header; its date form, which no gateway here sends, counts as 1."""
+    return float(value) if value.isascii() and value.isdigit() and len(value) <= 6 else 1.0
+
+
+# --- the connection ------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Answer:
+    status: int
+    reason: str
+    headers: dict[str, str]
+    """Names in lower case."""
+    body: bytearray
+
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object; {} for an empty one. Raises Unavailable for anything else."""
+        try:
+            decoded = json.loads(bytes(self.body)) if self.body else {}
+        except ValueError:
+            decoded = None
+        if not isinstance(decoded, dict):
+            raise Unavailable("the answer is not JSON; is this a LIFL gateway?")
+        return decoded
+
+
+class _Replay(io.RawIOBase):
+    """Reads bytes that were received already, then from the socket; its close leaves the socket open."""
+
+    def __init__(self, received: bytearray, sock: socket.socket) -> None:
+        self._received = memoryview(bytes(received))
+        self._sock = sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._received:
+            return self._sock.recv_into(buffer)
+        count = min(len(buffer), len(self._received))
+        buffer[:count] = self._received[:count]
+        self._received = self._received[count:]
+        return count
+
+    def makefile(self, *_: Any) -> io.BufferedReader:
+        """What HTTPResponse asks of a socket."""
+        return io.BufferedReader(self)
+
+
+class _Connection:
+    """One kept-alive HTTP/1.1 connection, opened when it is needed."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise InvalidInput(f"{url!r} is not the URL of a gateway; it looks like http://127.0.0.1:8080")
+        self.prefix = parts.path.rstrip("/")
+        self._host = parts.hostname
+        self._tls = parts.scheme == "https"
+        self._port = parts.port or (443 if self._tls else 80)
+        self._host_header = parts.netloc.rpartition("@")[2]
+        self.origin = f"{parts.scheme}://{self._host_header}"
+        self._timeout = timeout
+        self._socket: socket.socket | None = None
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def request(
+        self, method: str, path: str, headers: Mapping[str, str], body: memoryview | None, wait: float
+    ) -> _Answer:
+        """Send one request and return the whole answer. `wait` is how much longer the gateway may take.
+
+        Raises Unavailable when nobody answers; then the connection is closed.
+        """
+        try:
+            # A connection that the gateway closed while it was idle is no failure; that is seen before sending.
+            if self._socket is not None and _readable(self._socket, 0.0):
+                self.close()
+            sock = self._socket or self._open()
+            return self._exchange(sock, method, path, headers, body, wait)
+        except (OSError, HTTPException) as error:
+            self.close()
+            raise Unavailable(f"{self.origin} does not answer: {error or type(error).__name__}") from error
+        except BaseException:
+            self.close()  # in the middle of an exchange the connection is of no more use
+            raise
+
+    def _open(self) -> socket.socket:
+        sock = socket.create_connection((self._host, self._port), self._timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _avoid_bbr_on_loopback(sock)
+            if self._tls:
+                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=self._host)
+        except BaseException:
+            sock.close()
+            raise
+        self._socket = sock
+        return sock
+
+    def _exchange(
+        self,
+        sock: socket.socket,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: memoryview | None,
+        wait: float,
+    ) -> _Answer:
+        expects = body is not None and len(body) > EXPECT_BYTES
+        sock.settimeout(self._timeout)
+        head = self._head(method, path, headers, body, expects)
+        received = bytearray()
+        answered = False
+        sent = True
+        if body is None:
+            sock.sendall(head)
+        elif expects:
+            sock.sendall(head)
+            answered = _readable(sock, _EXPECT_SECONDS) and not _is_interim(sock, received)
+            sent = not answered and _send(sock, body)
+        elif len(body) <= 1 << 16:
+            sent = _send(sock, memoryview(head + body))
+        else:
+            sock.sendall(head)
+            sent = _send(sock, body)
+        sock.settimeout(self._timeout + wait)
+        while not answered:
+            answered = not _is_interim(sock, received)
+        answer, keep = _read(sock, received, method)
+        # Where the body was not sent in full the gateway waits for the rest of it, or has closed.
+        if not (keep and sent):
+            self.close()
+        return answer
+
+    def _head(
+        self, method: str, path: str, headers: Mapping[str, str], body: memoryview | None, expects: bool
+    ) -> bytes:
+        from lifl import __version__
+
+        lines = {"Host": self._host_header, "User-Agent": f"lifl/{__version__}", **headers}
+        if body is not None:
+            lines["Content-Length"] = str(len(body))
+        if expects:
+            lines["Expect"] = "100-continue"
+        text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        if "\r" in path or any(c in value for value in lines.values() for c in "\r\n\0"):
+            raise InvalidInput("a header value must be one line")
+        try:
+            return f"{method} {path} HTTP/1.1\r\n{text}\r\n".encode("ascii")
+        except UnicodeEncodeError:
+            raise InvalidInput("the token and the URL must be ASCII") from None
+
+
+def _send(sock: socket.socket, body: memoryview) -> bool:
+    """Send a body; False if the peer stopped reading, which it does once it has answered. Raises TimeoutError."""
+    try:
+        for start in range(0, len(body), _SEND_BYTES):
+            sock.sendall(body[start : start + _SEND_BYTES])
+    except TimeoutError:
+        raise
+    except OSError:  # broken pipe, connection reset, TLS end of file: its answer may be here already
+        return False
+    return True
+
+
+def _readable(sock: socket.socket, seconds: float) -> bool:
+    """Whether something (or the end) comes in within this time."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _is_interim(sock: socket.socket, received: bytearray) -> bool:
+    """Receive one head into `received`; if it is a 1xx one take it out again and return True."""
+    while (end := received.find(b"\r\n\r\n")) < 0:
+        if len(received) > _MAX_HEAD_BYTES:
+            raise HTTPException("the head of the answer does not end")
+        piece = sock.recv(1 << 16)
+        if not piece:
+            raise ConnectionResetError("the connection was closed without an answer")
+        received += piece
+    status = received[: received.find(b"\r\n")].split(b" ")
+    if len(status) < 2 or not status[0].startswith(b"HTTP/1.") or not status[1].startswith(b"1"):
+        return False
+    if status[1] == b"101":
+        raise HTTPException("the gateway changed the protocol, which nobody asked for")
+    del received[: end + 4]
+    return True
+
+
+def _read(sock: socket.socket, received: bytearray, method: str) -> tuple[_Answer, bool]:
+    """Read a whole answer whose head is in `received`; also tells whether the connection can be kept."""
+    # HTTPResponse uses nothing of a socket but makefile.
+    response = HTTPResponse(cast(socket.socket, _Replay(received, sock)), method=method)
+    try:
+        response.begin()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        length = response.length
+        if length is None:
+            body = bytearray(response.read(_MAX_UNSIZED_BYTES))
+            if not response.isclosed() and response.read(1):
+                raise HTTPException(f"an answer without Content-Length is longer than {_MAX_UNSIZED_BYTES} bytes")
+            keep = not response.will_close
+        else:
+            body = _read_exactly(response, length)
+            keep = not response.will_close
+        return _Answer(response.status, response.reason, headers, body), keep
+    finally:
+        response.close()
+
+
+def _read_exactly(response: HTTPResponse, length: int) -> bytearray:
+    body = bytearray(length)
+    with memoryview(body) as view:
+        done = 0
+        while done < length:
+            count = response.readinto(view[done:])
+            if not count:
+                raise ConnectionResetError(f"the answer ended after {done} of {length} bytes")
+            done += count
+    return body
+
+
+def _avoid_bbr_on_loopback(sock: socket.socket) -> None:
+    """Choose another congestion control than bbr on loopback, where bbr costs 1.75 times the CPU of cubic."""
+    try:
+        if not ipaddress.ip_address(sock.getpeername()[0]).is_loopback:
+            return
+        if not _CONGESTION.read_bytes().startswith(b"bbr"):
+            return
+    except (OSError, ValueError):
+        return
+    for name in (b"cubic", b"reno"):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+            return

@@ -1,0 +1,195 @@
+"""One job as the coordinator sees it: its model, its pools, its workers and the open round."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from lifl.control.hierarchy import PendingEstimate
+from lifl.control.job_store import JobStore
+from lifl.control.round import Round
+from lifl.errors import Refused
+from lifl.messages import JobSpec, JobState, PoolInfo, RoundState
+from lifl.model_layout import AccumulatorLayout, ModelLayout
+from lifl.pool import MappedPool
+from lifl.slot import PAGE, PoolGeometry, slot_reference
+
+MODEL_SLOTS: Final = 4
+"""Global models kept in shared memory, in turn, so that slow readers of an old one do not hold up a round."""
+
+_MEMORY_SHARE: Final = 0.25
+"""Share of the available memory that the update slots of one job may take by default."""
+
+
+@dataclass
+class WorkerRecord:
+    """A worker process that serves one place of the job's tree."""
+
+    ticket: str
+    place: int
+    endpoint: int = 0
+    """0 until it has joined."""
+    assigned: bool = False
+    """It was told its round and parent, so descriptors may be sent to it."""
+    stopping: bool = False
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The two pools of a job on this node and the memory behind them."""
+
+    updates: PoolInfo
+    aggregates: PoolInfo
+    updates_fd: int
+    memory: MappedPool
+    """The aggregates pool, with its file descriptor."""
+
+    def close(self) -> None:
+        """Unmap and close."""
+        self.memory.close()
+        os.close(self.updates_fd)
+
+
+@dataclass
+class Job:
+    """State of one job; the coordinator changes it."""
+
+    spec: JobSpec
+    store: JobStore
+    nonce: int = field(default_factory=lambda: secrets.randbits(63))
+    status: Literal["waiting-for-model", "running", "complete", "deleted", "failed"] = "waiting-for-model"
+    detail: str = ""
+    layout: ModelLayout | None = None
+    gather: bool = False
+    state_arrays: int = 0
+    pools: Pools | None = None
+    round: Round | None = None
+    last: RoundState | None = None
+    history: dict[int, RoundState] = field(default_factory=dict)
+    model_round: int = 0
+    checkpointed_round: int = 0
+    workers: dict[int, WorkerRecord] = field(default_factory=dict)
+    """By place."""
+    leases: dict[int, int] = field(default_factory=dict)
+    """Model slot of each lease."""
+    last_activity: float = 0.0
+    memory_given_back: bool = False
+    installing: bool = False
+    pending_estimate: PendingEstimate = field(default_factory=PendingEstimate)
+
+    # --- where things lie in the aggregates pool -------------------------------------------------------
+
+    @property
+    def state_slots(self) -> int:
+        """Slots of optimiser state: two generations of each array."""
+        return 2 * self.state_arrays
+
+    def accumulator(self, place: int) -> int:
+        """Index of the first of the two accumulator slots of a place."""
+        return MODEL_SLOTS + self.state_slots + 2 * place
+
+    def place_of_accumulator(self, index: int) -> int:
+        """The place whose accumulator this slot index is; negative for another slot."""
+        return (index - MODEL_SLOTS - self.state_slots) // 2
+
+    @staticmethod
+    def model_slot(round_number: int) -> int:
+        """Index of the slot that holds the model which starts this round."""
+        return round_number % MODEL_SLOTS
+
+    def model_slot_reference(self, round_number: int) -> int:
+        """Slot reference of the same."""
+        assert self.pools is not None
+        return slot_reference(self.pools.aggregates.pool, self.model_slot(round_number))
+
+    def state_slot(self, array: int, round_number: int) -> int:
+        """Index of the slot that holds an optimiser array as it is at the start of this round."""
+        return MODEL_SLOTS + 2 * array + round_number % 2
+
+    def is_lent(self, round_number: int) -> bool:
+        """Whether somebody still reads the slot that holds this round's model."""
+        return self.model_slot(round_number) in self.leases.values()
+
+    def pool_infos(self, pool: int, cores: int, gateways: int) -> tuple[PoolInfo, PoolInfo]:
+        """Dimension the two pools (ids `pool` and `pool + 1`). Raises `Refused` 422/507 when they cannot fit."""
+        assert self.layout is not None
+        header = len(self.layout.header)
+        sums = AccumulatorLayout(self.layout, self.spec.precision).nbytes
+        updates = PoolGeometry.of(1, header + PAGE, self.layout.payload_bytes)
+        slots = self._update_slots(updates.stride, gateways)
+        aggregates = PoolGeometry.of(
+            MODEL_SLOTS + self.state_slots + 2 * cores, header, max(self.layout.payload_bytes, sums)
+        )
+        return (
+            PoolInfo(
+                pool,
+                "updates",
+                self.spec.name,
+                secrets.randbits(63),
+                slots,
+                updates.header_capacity,
+                updates.payload_capacity,
+            ),
+            PoolInfo(
+                pool + 1,
+                "aggregates",
+                self.spec.name,
+                secrets.randbits(63),
+                aggregates.slots,
+                aggregates.header_capacity,
+                aggregates.payload_capacity,
+            ),
+        )
+
+    def _update_slots(self, stride: int, gateways: int) -> int:
+        at_once = self.gather or self.spec.timing == "lazy"
+        fitting = int(available_memory() * _MEMORY_SHARE) // stride
+        slots = self.spec.slots or max(gateways, min(self.spec.goal, fitting))
+        if at_once and slots < self.spec.goal:
+            kind = "a gathering function" if self.gather else "lazy timing"
+            raise Refused(
+                422,
+                "too few slots",
+                f"{kind} needs all {self.spec.goal} updates of a round in memory at once, but the pool has "
+                f"{slots} slots of {stride:,} bytes; lower the goal, or stream with eager timing",
+            )
+        if slots < gateways:
+            raise Refused(422, "too few slots", f"{slots} slots for {gateways} gateways; each needs one")
+        return slots
+
+    # --- what others see ---------------------------------------------------------------------------------
+
+    def state(self, data_plane: str) -> JobState:
+        """The job as the API shows it."""
+        pools, layout = self.pools, self.layout
+        return JobState(
+            job=self.spec.name,
+            status=self.status,
+            round=self.round.number if self.round and self.status == "running" else 0,
+            model_round=self.model_round,
+            spec=self.spec,
+            data_plane=data_plane,
+            model_header_bytes=len(layout.header) if layout else 0,
+            model_payload_bytes=layout.payload_bytes if layout else 0,
+            updates_pool=pools.updates.pool if pools else -1,
+            aggregates_pool=pools.aggregates.pool if pools else -1,
+            model_layout=hashlib.sha256(layout.header).hexdigest() if layout else "",
+            nonce=self.nonce,
+            current=self.round.state() if self.round else None,
+            last=self.last,
+            checkpointed_round=self.checkpointed_round,
+            workers=sum(worker.endpoint != 0 for worker in self.workers.values()),
+            detail=self.detail,
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping (`MemAvailable`)."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 30

@@ -1,0 +1,149 @@
+"""What of a job survives a restart: its journal and its checkpoints, in one directory per job.
+
+    jobs/NAME/journal.jsonl                          one JSON object per line, appended and fsynced
+    jobs/NAME/checkpoints/round-00000012.safetensors         the global model that starts round 12
+    jobs/NAME/checkpoints/round-00000012.state.safetensors   the server optimiser's arrays at that point
+
+A checkpoint is written beside its name, fsynced, and renamed, so a file that has the name is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from lifl.errors import LiflError
+from lifl.messages import JobSpec
+
+_CHECKPOINT: Final = re.compile(r"round-(\d{8})\.safetensors")
+JOB_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
+"""What a job may be called: lower-case letters, digits, dashes and dots, at most 63."""
+
+
+class JobStore:
+    """The directory of one job."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._checkpoints = directory / "checkpoints"
+        self._journal = directory / "journal.jsonl"
+
+    @classmethod
+    def all_under(cls, state_directory: Path) -> Iterable[JobStore]:
+        """The stores of every job that was not deleted."""
+        for journal in sorted((state_directory / "jobs").glob("*/journal.jsonl")):
+            yield cls(journal.parent)
+
+    @classmethod
+    def of(cls, state_directory: Path, job: str) -> JobStore:
+        """The store of a job, made or not."""
+        return cls(state_directory / "jobs" / job)
+
+    def create(self, spec: JobSpec) -> None:
+        """Start a journal; what an earlier job of this name left is moved aside."""
+        if self.directory.exists():
+            self.retire()
+        self._checkpoints.mkdir(parents=True)
+        self.append({"event": "created", "spec": msgspec.to_builtins(spec)})
+
+    def retire(self) -> None:
+        """Move the directory aside, checkpoints and all, so that the name is free again."""
+        number = 1
+        while (target := self.directory.with_name(f"{self.directory.name}~{number}")).exists():
+            number += 1
+        self.directory.rename(target)
+        with contextlib.suppress(FileNotFoundError):
+            (target / "journal.jsonl").rename(target / "journal.retired.jsonl")
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add one line to the journal and see it to the disk."""
+        line = json.dumps(entry, separators=(",", ":")) + "\n"
+        fd = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, line.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All whole lines of the journal; a torn last line (the power went) is left out."""
+        found = []
+        for line in self._journal.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def spec(self) -> JobSpec:
+        """The job's specification. Raises `LiflError` when the journal does not begin with one."""
+        for entry in self.entries():
+            if entry.get("event") == "created":
+                return msgspec.convert(entry["spec"], JobSpec)
+        raise LiflError(f"{self._journal}: no job in it; move the directory away")
+
+    def checkpoint_path(self, round_number: int) -> Path:
+        """Where the model that starts this round is, or would be."""
+        return self._checkpoints / f"round-{round_number:08d}.safetensors"
+
+    def state_path(self, round_number: int) -> Path:
+        """Where the optimiser's arrays at the start of this round are, or would be."""
+        return self._checkpoints / f"round-{round_number:08d}.state.safetensors"
+
+    def rounds(self) -> list[int]:
+        """Rounds whose starting model is on disk, ascending."""
+        names = os.listdir(self._checkpoints) if self._checkpoints.exists() else []
+        return sorted(int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name)))
+
+    def adopt_model(self, path: Path, round_number: int) -> None:
+        """Take over a complete model file that lies on the same file system."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(path, self.checkpoint_path(round_number))
+        self._sync_directory()
+
+    def write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
+        """Write a file from parts in order: temporary name, fsync, rename, fsync of the directory."""
+        temporary = path.with_suffix(".partial")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            for part in parts:
+                view = memoryview(part)
+                while len(view):
+                    view = view[os.write(fd, view[: 1 << 26]) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        self._sync_directory()
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints (0 keeps all)."""
+        for number in self.rounds()[:-keep] if keep else []:
+            for path in (self.checkpoint_path(number), self.state_path(number)):
+                path.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Delete half-written files of an earlier process."""
+        for path in self._checkpoints.glob("*.partial"):
+            path.unlink(missing_ok=True)
+
+    def destroy(self) -> None:
+        """Delete the directory with everything in it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self._checkpoints, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,201 @@
+"""One round of a job: which updates count, who folds them, and when it may close. Sans-IO and clock-free.
+
+    open --(goal reached, or quorum after the deadline)--> closing --(global model complete)--> complete
+
+A rejected update (not finite) leaves the count again, so a closing round may wait for one more; such a replacement
+always goes to the top, because a leaf that has sent its partial aggregate takes no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lifl.control.hierarchy import Hierarchy
+from lifl.messages import JobSpec, RoundState
+
+Admission = Literal["open", "duplicate", "late"]
+
+
+@dataclass
+class AcceptedUpdate:
+    """One client's update, counted once."""
+
+    client: str
+    slot: int
+    generation: int
+    num_samples: float
+    aggregator: int
+    folded: bool = False
+
+
+@dataclass
+class Aggregator:
+    """One place in the tree. Workers may die and be replaced; the place keeps its accumulator slots."""
+
+    index: int
+    updates: int = 0
+    """Updates assigned and not rejected."""
+    folded: int = 0
+    delivered: bool = False
+    """Its partial aggregate is part of the parent's accumulator."""
+    deaths: int = 0
+    """Workers that died in this place since it last made progress."""
+
+    @property
+    def pending(self) -> int:
+        """Updates assigned and not yet folded."""
+        return self.updates - self.folded
+
+
+@dataclass
+class Round:
+    """The account of one round."""
+
+    number: int
+    spec: JobSpec
+    hierarchy: Hierarchy
+    opened: float
+    """Monotonic seconds."""
+    status: Literal["open", "closing", "complete"] = "open"
+    updates: dict[str, AcceptedUpdate] = field(default_factory=dict)
+    in_slot: dict[int, AcceptedUpdate] = field(default_factory=dict)
+    """Accepted updates that are not folded yet, by slot reference."""
+    aggregators: list[Aggregator] = field(default_factory=list)
+    rejected_clients: list[str] = field(default_factory=list)
+    late: int = 0
+    duplicates: int = 0
+    first_started: float = 0.0
+    """Monotonic seconds of the first byte of the first accepted update; 0 before there is one."""
+    act: float = 0.0
+    started: int = 0
+    reused: int = 0
+    closed_once: bool = False
+    """Leaves may have sent their partial aggregates already."""
+
+    def __post_init__(self) -> None:
+        self.aggregators = [Aggregator(index) for index in range(self.hierarchy.leaves)]
+
+    @property
+    def accepted(self) -> int:
+        """Updates that count."""
+        return len(self.updates)
+
+    @property
+    def folded(self) -> int:
+        """Updates that are part of a sealed accumulator."""
+        return sum(aggregator.folded for aggregator in self.aggregators)
+
+    @property
+    def weight(self) -> float:
+        """Sum of the clients' weights that count."""
+        return sum(update.num_samples for update in self.updates.values())
+
+    @property
+    def top(self) -> Aggregator:
+        """The aggregator that finishes the round."""
+        return self.aggregators[self.hierarchy.top]
+
+    def admit(self, client: str) -> Admission:
+        """Say whether an update of this client would be taken; counts what is not."""
+        if client in self.updates:
+            self.duplicates += 1
+            return "duplicate"
+        if self.status != "open":
+            self.late += 1
+            return "late"
+        return "open"
+
+    def accept(
+        self, client: str, slot: int, generation: int, num_samples: float, started: float
+    ) -> AcceptedUpdate:
+        """Count an update that `admit` found open, and choose its aggregator: the one with the least to do."""
+        candidates = [self.top] if self.closed_once else self.aggregators
+        chosen = min(candidates, key=lambda place: (place.pending, place.updates, -place.index))
+        update = AcceptedUpdate(client, slot, generation, num_samples, chosen.index)
+        self.updates[client] = update
+        self.in_slot[slot] = update
+        chosen.updates += 1
+        if not self.first_started or started < self.first_started:
+            self.first_started = started
+        return update
+
+    def mark_folded(self, slot: int, generation: int) -> AcceptedUpdate | None:
+        """Note that an update is part of a sealed accumulator; None when it is no open one (a repeat)."""
+        update = self._take(slot, generation)
+        if update is not None:
+            update.folded = True
+            place = self.aggregators[update.aggregator]
+            place.folded += 1
+            place.deaths = 0
+        return update
+
+    def mark_rejected(self, slot: int, generation: int) -> AcceptedUpdate | None:
+        """Take an update out of the count because it is not finite; None when it is no open one."""
+        update = self._take(slot, generation)
+        if update is not None:
+            self.aggregators[update.aggregator].updates -= 1
+            del self.updates[update.client]
+            self.rejected_clients.append(update.client)
+            self.status = "open"
+        return update
+
+    def _take(self, slot: int, generation: int) -> AcceptedUpdate | None:
+        update = self.in_slot.get(slot)
+        if update is None or update.generation != generation:
+            return None
+        return self.in_slot.pop(slot)
+
+    def unfolded_of(self, aggregator: int) -> list[AcceptedUpdate]:
+        """The updates that a new worker in this place must be given."""
+        return [update for update in self.in_slot.values() if update.aggregator == aggregator]
+
+    def deadline(self) -> float | None:
+        """Monotonic time at which the quorum starts to suffice; None when there is no deadline."""
+        return self.opened + self.spec.deadline if self.spec.deadline else None
+
+    def try_close(self, now: float) -> bool:
+        """Close the round when it has what it needs; True when it closed just now."""
+        if self.status != "open" or self.accepted == 0:
+            return False
+        deadline = self.deadline()
+        overdue = deadline is not None and now >= deadline
+        needed = (self.spec.quorum or self.spec.goal) if overdue else self.spec.goal
+        if self.accepted < needed:
+            return False
+        self.status = "closing"
+        self.closed_once = True
+        return True
+
+    def sends_partial(self, place: Aggregator) -> bool:
+        """Whether this place sends a partial aggregate: all but the top that have something."""
+        return place is not self.top and place.updates > 0
+
+    def expected_inputs(self, place: Aggregator) -> int:
+        """Inputs the place has when the round is closed: its updates, for the top also the partials."""
+        if place is not self.top:
+            return place.updates
+        return place.updates + sum(self.sends_partial(other) for other in self.aggregators)
+
+    def complete(self, now: float) -> None:
+        """The global model is there."""
+        self.status = "complete"
+        self.act = now - self.first_started
+
+    def state(self) -> RoundState:
+        """The round as the API shows it."""
+        return RoundState(
+            round=self.number,
+            status=self.status,
+            accepted=self.accepted,
+            folded=self.folded,
+            rejected=len(self.rejected_clients),
+            late=self.late,
+            duplicates=self.duplicates,
+            weight=self.weight,
+            act=self.act,
+            leaves=self.hierarchy.leaves,
+            started=self.started,
+            reused=self.reused,
+            rejected_clients=tuple(self.rejected_clients[:100]),
+        )

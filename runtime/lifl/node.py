@@ -1,0 +1,373 @@
+"""The node's supervisor: starts agent, coordinator, zygotes and gateways, and starts again what dies.
+
+Each is a child process that prints one JSON line when it is ready. The supervisor waits for deaths through
+pidfds, so it uses no CPU while nothing happens. If the coordinator dies all others are started anew: it goes on
+from the
+journal, and the open round starts again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from lifl.errors import InvalidInput, Unavailable
+
+_START_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 8.0
+_QUICK_DEATH: Final = 1.0
+"""A process that lived for less than these seconds is started again only after a pause."""
+_LONGEST_PAUSE: Final = 5.0
+
+
+@dataclass
+class NodeOptions:
+    """What a node runs. `functions` maps the names that jobs use to files; port 0 means any free one."""
+
+    functions: dict[str, Path]
+    state_directory: Path
+    host: str = "127.0.0.1"
+    port: int = 8080
+    gateways: int = 1
+    data_plane: str = "auto"
+    default_function: str = ""
+    token_file: Path | None = None
+    allow_anonymous: bool = False
+    access_log: bool = False
+
+
+@dataclass(frozen=True)
+class NodeReady:
+    """Where a started node listens and what it found. `processes` maps names to pids."""
+
+    address: str
+    data_plane: str
+    reason: str
+    """Why this data plane was chosen; empty when eBPF was."""
+    huge_pages: bool
+    processes: dict[str, int]
+
+
+@dataclass
+class _Child:
+    """One supervised process."""
+
+    name: str
+    arguments: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    started: float = 0.0
+    pause: float = 0.0
+    buffer: bytes = b""
+    ready: dict[str, Any] = field(default_factory=dict)
+
+
+class Node:
+    """Starts and supervises the processes of one node. `start`, `wait` and `stop` belong to one thread."""
+
+    def __init__(self, options: NodeOptions) -> None:
+        self.options = options
+        self._children: dict[str, _Child] = {}
+        self._selector = selectors.DefaultSelector()
+        self._stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._restarts: list[tuple[float, Callable[[], None]]] = []
+        self._runtime_directory: Path
+        self._lock_fd = -1
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+
+    # --- start and stop ------------------------------------------------------------------------------------
+
+    def start(self) -> NodeReady:
+        """Start everything and return once HTTP is answered.
+
+        Raises `InvalidInput` when the state directory is in use or the options cannot work, `Unavailable`
+        with the last words of the process that did not start.
+        """
+        self._take_state_directory()
+        base = os.environ.get("XDG_RUNTIME_DIR")
+        self._runtime_directory = Path(
+            tempfile.mkdtemp(prefix="lifl-", dir=base if base and os.path.isdir(base) else None)
+        )
+        try:
+            self._start_all()
+        except BaseException:
+            self.stop()
+            raise
+        self._selector.register(self._stop_event, selectors.EVENT_READ, None)
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._thread.start()
+        return self.ready()
+
+    def ready(self) -> NodeReady:
+        """What the running processes have said of themselves."""
+        agent = self._children["agent"].ready
+        gateway = self._children["gateway-0"].ready
+        return NodeReady(
+            address=gateway["address"],
+            data_plane=agent["data_plane"],
+            reason=agent.get("reason", ""),
+            huge_pages=bool(agent.get("huge_pages")),
+            processes=self.processes(),
+        )
+
+    def processes(self) -> dict[str, int]:
+        """Pid of each supervised process that runs now."""
+        return {
+            child.name: child.process.pid
+            for child in list(self._children.values())
+            if child.process is not None and child.process.poll() is None
+        }
+
+    def wait(self) -> int:
+        """Block until `stop` is called (then 0) or the node cannot go on (then 1)."""
+        while not self._ended.wait(3600):
+            pass
+        return 1 if self._failure else 0
+
+    def stop(self) -> None:
+        """End all processes, gateways first, and remove the runtime directory. May be called twice."""
+        self._stopping = True
+        os.eventfd_write(self._stop_event, 1)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._end_children(list(self._children))
+        self._children.clear()
+        self._ended.set()
+        with contextlib.suppress(OSError):
+            (self.options.state_directory / "run" / "node.json").unlink()
+        if hasattr(self, "_runtime_directory"):
+            shutil.rmtree(self._runtime_directory, ignore_errors=True)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def __enter__(self) -> Node:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _take_state_directory(self) -> None:
+        directory = self.options.state_directory
+        for part in ("run", "incoming", "jobs"):
+            (directory / part).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock_fd = os.open(directory / "run" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(
+                f"{directory} belongs to a node that is running; stop that one or choose another --state-directory"
+            ) from None
+        for leftover in (directory / "incoming").iterdir():
+            leftover.unlink()
+
+    # --- processes -----------------------------------------------------------------------------------------
+
+    def _start_all(self) -> None:
+        options, runtime = self.options, str(self._runtime_directory)
+        state = str(options.state_directory)
+        agent = self._launch(
+            "agent",
+            ["-m", "lifl_gateway.agent", "--runtime-directory", runtime, "--data-plane", options.data_plane],
+        )
+        self._launch(
+            "coordinator",
+            [
+                *("-m", "lifl.control.coordinator", "--runtime-directory", runtime),
+                *("--state-directory", state, "--gateways", str(options.gateways)),
+            ],
+        )
+        if options.default_function:
+            self._launch_zygote(options.default_function)
+        self._await_ready(agent)
+        self._await_ready(self._children["coordinator"])
+        port = options.port
+        for seat in range(options.gateways):
+            gateway = self._launch_gateway(seat, port)
+            self._await_ready(gateway)
+            # With port 0 the first gateway chooses and the others share.
+            port = int(gateway.ready["address"].rsplit(":", 1)[1])
+            gateway.arguments[gateway.arguments.index("--port") + 1] = str(port)
+        description = {"address": self._children["gateway-0"].ready["address"], "pid": os.getpid()}
+        (options.state_directory / "run" / "node.json").write_text(json.dumps(description))
+
+    def _launch_gateway(self, seat: int, port: int) -> _Child:
+        options = self.options
+        arguments = [
+            *("-m", "lifl_gateway", "--runtime-directory", str(self._runtime_directory)),
+            *("--state-directory", str(options.state_directory), "--host", options.host, "--port", str(port)),
+            *("--seat", str(seat), "--seats", str(options.gateways)),
+        ]
+        if options.token_file is not None:
+            arguments += ["--token-file", str(options.token_file)]
+        if options.allow_anonymous:
+            arguments.append("--allow-anonymous")
+        if options.access_log:
+            arguments.append("--access-log")
+        return self._launch(f"gateway-{seat}", arguments)
+
+    def _launch_zygote(self, function: str) -> None:
+        name = f"zygote-{function}"
+        if name in self._children:
+            return
+        file = self.options.functions.get(function)
+        # A missing file is the zygote's to report: then the job's owner hears of it.
+        path = str(file if file is not None else Path("functions") / f"{function}.py")
+        arguments = ["-m", "lifl.zygote", "--runtime-directory", str(self._runtime_directory)]
+        self._launch(name, [*arguments, "--name", function, "--file", path])
+
+    def _launch(self, name: str, arguments: list[str]) -> _Child:
+        child = self._children.setdefault(name, _Child(name, arguments))
+        self._spawn(child)
+        return child
+
+    def _spawn(self, child: _Child) -> None:
+        environment = dict(os.environ, PYTHONUNBUFFERED="1", LIFL_SUPERVISOR=str(os.getpid()))
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            environment[variable] = "1"
+        child.process = subprocess.Popen(
+            [sys.executable, *child.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        child.started = time.monotonic()
+        child.buffer = b""
+        child.ready = {}
+        child.pidfd = os.pidfd_open(child.process.pid)
+        assert child.process.stdout is not None
+        os.set_blocking(child.process.stdout.fileno(), False)
+        self._selector.register(child.process.stdout, selectors.EVENT_READ, partial(self._read, child))
+        self._selector.register(child.pidfd, selectors.EVENT_READ, partial(self._died, child))
+
+    def _read(self, child: _Child) -> None:
+        """Take lines of JSON from a child: what it says when ready, or what it wants."""
+        assert child.process is not None
+        assert child.process.stdout is not None
+        data = child.process.stdout.read(65536)
+        if not data:
+            if data == b"":
+                self._selector.unregister(child.process.stdout)
+            return
+        *lines, child.buffer = (child.buffer + data).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                message = json.loads(line)
+                if "zygote" in message:
+                    self._launch_zygote(message["zygote"])
+                else:
+                    child.ready = message
+
+    def _await_ready(self, child: _Child) -> None:
+        end = time.monotonic() + _START_SECONDS
+        while not child.ready:
+            assert child.process is not None
+            if child.process.poll() is not None:
+                raise Unavailable(f"{child.name} did not start (exit status {child.process.returncode})")
+            if time.monotonic() > end:
+                raise Unavailable(f"{child.name} was not ready within {_START_SECONDS:g} s")
+            for key, _ in self._selector.select(0.5):
+                if key.data is not None and key.fileobj != child.pidfd:
+                    key.data()
+
+    def _supervise(self) -> None:
+        try:
+            while not self._stopping:
+                for key, _ in self._selector.select(self._seconds_to_restart()):
+                    if key.data is not None and not self._stopping:
+                        key.data()
+                self._restart_due()
+        except BaseException as error:
+            self._failure = error
+            self._ended.set()
+            raise
+
+    def _seconds_to_restart(self) -> float | None:
+        if not self._restarts:
+            return None
+        return max(0.0, min(when for when, _ in self._restarts) - time.monotonic())
+
+    def _restart_due(self) -> None:
+        now = time.monotonic()
+        due = [action for when, action in self._restarts if when <= now]
+        self._restarts = [(when, action) for when, action in self._restarts if when > now]
+        for action in due:
+            action()
+
+    def _died(self, child: _Child) -> None:
+        self._bury(child)
+        assert child.process is not None
+        if self._stopping:
+            return
+        print(f"lifl: {child.name} ended (status {child.process.returncode}); starting it again", file=sys.stderr)
+        if child.name == "coordinator":
+            self._restart_node()
+            return
+        lived = time.monotonic() - child.started
+        child.pause = min(_LONGEST_PAUSE, max(0.1, child.pause * 2)) if lived < _QUICK_DEATH else 0.0
+        self._restarts.append((time.monotonic() + child.pause, partial(self._spawn, child)))
+
+    def _bury(self, child: _Child) -> None:
+        """Forget a dead process: its descriptors and its entry in the poll set."""
+        assert child.process is not None
+        child.process.wait()
+        for fileobj in (child.pidfd, child.process.stdout):
+            if fileobj is not None:
+                with contextlib.suppress(KeyError, ValueError):
+                    self._selector.unregister(fileobj)
+        os.close(child.pidfd)
+        child.pidfd = -1
+        if child.process.stdout is not None:
+            child.process.stdout.close()
+
+    def _restart_node(self) -> None:
+        names = [name for name in self._children if name != "coordinator"]
+        self._end_children(names)
+        self._restarts.clear()
+        zygotes = [name.removeprefix("zygote-") for name in names if name.startswith("zygote-")]
+        address = self._children["gateway-0"].ready.get("address") if "gateway-0" in self._children else None
+        port = int(address.rsplit(":", 1)[1]) if address else self.options.port
+        self._children.clear()
+        self.options.port = port
+        self._start_all()
+        for function in zygotes:
+            self._launch_zygote(function)
+
+    def _end_children(self, names: list[str]) -> None:
+        order = ["gateway", "zygote", "coordinator", "agent"]
+        for kind in order:
+            children = [self._children[name] for name in names if name.startswith(kind)]
+            for child in children:
+                if child.pidfd >= 0:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(child.pidfd, signal.SIGTERM)
+            end = time.monotonic() + _STOP_SECONDS
+            for child in children:
+                if child.pidfd < 0 or child.process is None:
+                    continue
+                try:
+                    child.process.wait(max(0.0, end - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+                self._bury(child)

@@ -1,0 +1,26 @@
+"""What every process of a node does first."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import Final
+
+SUPERVISOR_VARIABLE: Final = "LIFL_SUPERVISOR"
+"""Environment variable in which the supervisor names its pid to its children."""
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def end_with_supervisor() -> None:
+    """Have the kernel send SIGTERM when the supervisor dies, so that a killed node leaves no process behind.
+
+    Does nothing in a process that no supervisor started (a container).
+    """
+    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
+    if supervisor is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != int(supervisor):
+        os.kill(os.getpid(), signal.SIGTERM)

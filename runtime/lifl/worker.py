@@ -1,0 +1,462 @@
+"""The worker: one aggregator process. Recv - Agg - Send (paper: step-based aggregator), for every role alike.
+
+It learns its round and parent from ASSIGN, folds what UPDATE and PARTIAL name, and after CLOSE sends the result
+up: a partial aggregate to the parent, or, at the top, the global model to the coordinator. Its state is in its two
+accumulator slots, so any other worker with the same slots can go on where it was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from lifl.agent_client import AgentConnection
+from lifl.aggregate import Aggregate, GatheredUpdates, ModelUpdate
+from lifl.descriptor import Descriptor, Kind
+from lifl.errors import LiflError
+from lifl.fold import Fold, Input
+from lifl.function import AggregatorFunction
+from lifl.global_model import apply_server_optimizer
+from lifl.messages import PoolInfo, WorkerSpec, endpoint_role
+from lifl.model_layout import AccumulatorLayout, FoldPlan, ModelLayout, parse_header, plan_update
+from lifl.pool import MappedPool
+from lifl.slot import InputKey, Seal, UpdateHeader, erase_header, slot_reference, split_slot_reference
+
+EAGER_BATCH: Final = 4
+"""Ready inputs that an eager fold waits for: from four on, a pass runs at the memory's read limit."""
+
+EAGER_LINGER: Final = 0.005
+"""Seconds that an eager fold waits for a fuller batch, so that a straggler's slot is not held up."""
+
+FOLD_BATCH: Final = 64
+"""Inputs of one pass at most."""
+
+_LAYOUT_CACHE: Final = 32
+
+log = logging.getLogger("lifl.worker")
+
+
+@dataclass
+class ReadyInput:
+    """An input that has arrived and is not folded yet."""
+
+    key: InputKey
+    """With the full generation, or for a partial aggregate its seal's sequence."""
+    update: ModelUpdate | None = None
+    partial: Seal | None = None
+    sums: memoryview | None = None
+    """The accumulator of a partial aggregate."""
+
+
+@dataclass
+class Assignment:
+    """The round a worker serves and how far it is."""
+
+    round: int
+    parent: int
+    seal: Seal | None
+    """What the current accumulator contains; None while it is empty."""
+    accumulator: int
+    """0 or 1: which of the two slots the seal is in."""
+    expected: int | None = None
+    """Inputs of the round, once CLOSE has told."""
+    sent: bool = False
+    ready: list[ReadyInput] = field(default_factory=list)
+    ready_since: float = 0.0
+    generations: dict[int, int] = field(default_factory=dict)
+    """Full generation of the last input of each slot that was taken in this round."""
+    folded: set[int] = field(default_factory=set)
+    """Slots whose input of that generation is sealed."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs that are sealed."""
+        return self.seal.inputs if self.seal else 0
+
+
+class Worker:
+    """Runs one function on one node for one job; see the module."""
+
+    def __init__(self, connection: AgentConnection, function: AggregatorFunction) -> None:
+        spec = connection.welcome.worker
+        if spec is None or connection.endpoint is None:
+            raise LiflError("the agent sent no work")
+        self._connection = connection
+        self._endpoint = connection.endpoint
+        self._spec: WorkerSpec = spec
+        self._function = function
+        self._infos: dict[str, PoolInfo] = {info.kind: info for info in connection.welcome.pools}
+        self._updates: MappedPool = connection.pools[self._infos["updates"].pool]
+        self._aggregates: MappedPool = connection.pools[self._infos["aggregates"].pool]
+        self._nonce = self._infos["aggregates"].nonce
+        self._model = parse_header(bytes(self._aggregates.layout(0)).rstrip(b"\0"))
+        self._accumulators = AccumulatorLayout(self._model, spec.precision)
+        self._fold = Fold(self._accumulators)
+        self._model_plan = plan_update(self._model, self._model)
+        self._layouts: OrderedDict[bytes, tuple[ModelLayout, FoldPlan]] = OrderedDict()
+        self._assignment: Assignment | None = None
+        self._early: list[Descriptor] = []
+        self._coordinator = 0
+
+    # --- loop ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the agent ends the connection."""
+        poll = select.epoll()
+        control = self._connection.channel.fileno()
+        near, far = self._endpoint.near.fileno(), self._endpoint.far.fileno()
+        for fd in (control, near, far):
+            poll.register(fd, select.EPOLLIN)
+        while True:
+            for fd, _ in poll.poll(self._patience()):
+                if fd == control:
+                    return
+                if fd == far:
+                    # A parent that is gone: the coordinator asks again when there is another.
+                    self._endpoint.bounced()
+                else:
+                    for message in self._endpoint.receive():
+                        self._take(message)
+            self._work()
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for news before folding what is ready."""
+        current = self._assignment
+        if current is None or not current.ready or self._waits_for_all():
+            return None
+        return max(0.0, current.ready_since + EAGER_LINGER - time.monotonic())
+
+    def _waits_for_all(self) -> bool:
+        return self._function.gather or self._spec.timing == "lazy"
+
+    # --- receive -------------------------------------------------------------------------------------------
+
+    def _take(self, message: Descriptor) -> None:
+        role = endpoint_role(message.source)
+        current = self._assignment
+        if message.kind == Kind.ASSIGN and role == "coordinator":
+            self._coordinator = message.source
+            self._assign(message.round | message.generation << 16, message.slot)
+        elif current is None or message.round != current.round & 0xFFFF:
+            if message.kind in (Kind.UPDATE, Kind.PARTIAL):
+                self._early.append(message)
+        elif message.kind == Kind.CLOSE and role == "coordinator":
+            current.expected = message.slot
+            current.sent = False
+        elif message.kind == Kind.UPDATE and role in ("gateway", "coordinator"):
+            self._take_update(current, message)
+        elif message.kind == Kind.PARTIAL and role == "worker":
+            self._take_partial(current, message)
+        else:
+            log.warning("ignored a descriptor of kind %d from %#x", message.kind, message.source)
+
+    def _assign(self, round_number: int, parent: int) -> None:
+        current = self._assignment
+        if current is not None and current.round == round_number:
+            current.parent = parent
+            current.sent = False
+            return
+        first = [self._seal_in(slot, round_number) for slot in (0, 1)]
+        newest = max((seal for seal in first if seal), key=lambda seal: seal.sequence, default=None)
+        self._assignment = Assignment(round_number, parent, newest, first.index(newest) if newest else 0)
+        if newest is not None:
+            for key in newest.batch:
+                self._assignment.generations[key.slot] = key.generation
+                self._assignment.folded.add(key.slot)
+        early, self._early = self._early, []
+        for message in early:
+            if (message.round - round_number) & 0xFFFF < 0x8000:
+                self._take(message)
+
+    def _seal_in(self, slot: int, round_number: int) -> Seal | None:
+        seal = Seal.unpack_from(self._aggregates.header(self._spec.accumulator + slot))
+        if seal is None or seal.round != round_number or seal.pool_nonce != self._nonce:
+            return None
+        return seal
+
+    def _take_update(self, current: Assignment, message: Descriptor) -> None:
+        pool, index = split_slot_reference(message.slot)
+        info = self._infos["updates"]
+        if pool != info.pool or index >= info.slots:
+            log.warning("ignored an update in a slot that is not of this job: %#x", message.slot)
+            return
+        header = UpdateHeader.unpack_from(self._updates.header(index))
+        if header is None or header.generation & 0xFF != message.generation:
+            log.warning("ignored a descriptor of slot %d that is out of date", index)
+            return
+        if self._is_known(current, message, header.generation):
+            return
+        try:
+            update = self._model_update(index, header)
+        except (LiflError, ValueError) as error:
+            log.warning("rejected the update of %s: %s", header.client, error)
+            self._report(Kind.REJECTED, message.slot, header.generation)
+            return
+        self._add_ready(current, ReadyInput(InputKey(message.slot, header.generation), update))
+
+    def _model_update(self, index: int, header: UpdateHeader) -> ModelUpdate:
+        layout, plan = self._model, self._model_plan
+        if header.layout_bytes:
+            layout, plan = self._other_layout(bytes(self._updates.layout(index)[: header.layout_bytes]))
+        return ModelUpdate(
+            self._updates.payload(index, header.payload_bytes),
+            layout,
+            plan,
+            client=header.client,
+            round=header.round,
+            num_samples=header.num_samples,
+            is_delta=header.is_delta,
+        )
+
+    def _other_layout(self, header: bytes) -> tuple[ModelLayout, FoldPlan]:
+        known = self._layouts.get(header)
+        if known is None:
+            layout = parse_header(header)
+            known = self._layouts[header] = layout, plan_update(self._model, layout)
+            if len(self._layouts) > _LAYOUT_CACHE:
+                self._layouts.popitem(last=False)
+        return known
+
+    def _take_partial(self, current: Assignment, message: Descriptor) -> None:
+        pool, index = split_slot_reference(message.slot)
+        info = self._infos["aggregates"]
+        if pool != info.pool or index >= info.slots:
+            log.warning("ignored a partial aggregate in a slot that is not of this job: %#x", message.slot)
+            return
+        seal = Seal.unpack_from(self._aggregates.header(index))
+        if seal is None or seal.round != current.round or seal.pool_nonce != self._nonce:
+            log.warning("ignored a partial aggregate without a valid seal in slot %d", index)
+            return
+        if self._is_known(current, message, seal.sequence):
+            return
+        sums = self._aggregates.payload(index, self._accumulators.nbytes)
+        self._add_ready(current, ReadyInput(InputKey(message.slot, seal.sequence), None, seal, sums))
+
+    def _is_known(self, current: Assignment, message: Descriptor, generation: int) -> bool:
+        """Whether the input was taken before (a replay); a folded one is reported again."""
+        if current.generations.get(message.slot) == generation:
+            if message.slot in current.folded:
+                self._report(Kind.FOLDED, message.slot, generation)
+            return True
+        current.generations[message.slot] = generation
+        current.folded.discard(message.slot)
+        return False
+
+    def _add_ready(self, current: Assignment, item: ReadyInput) -> None:
+        if not current.ready:
+            current.ready_since = time.monotonic()
+        current.ready.append(item)
+
+    # --- aggregate -----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        current = self._assignment
+        if current is None or current.sent:
+            return
+        complete = current.expected is not None and current.inputs + len(current.ready) >= current.expected
+        if self._function.gather:
+            if complete:
+                self._finish_gathered(current)
+            return
+        if complete and current.parent == self._coordinator:
+            self._finish(current)
+        elif complete:
+            self._fold_ready(current)
+            self._send_partial(current)
+        elif not self._waits_for_all() and self._batch_is_due(current):
+            self._fold_ready(current)
+
+    def _batch_is_due(self, current: Assignment) -> bool:
+        if not current.ready:
+            return False
+        waited = time.monotonic() - current.ready_since
+        return len(current.ready) >= EAGER_BATCH or waited >= EAGER_LINGER
+
+    def _fold_ready(self, current: Assignment) -> None:
+        while current.ready:
+            batch, current.ready = current.ready[:FOLD_BATCH], current.ready[FOLD_BATCH:]
+            self._fold_batch(current, batch)
+
+    def _fold_batch(self, current: Assignment, batch: list[ReadyInput]) -> None:
+        """One pass: new = old + sum(w x), from one accumulator slot to the other; then the seal, then the news."""
+        total = Aggregate(current.round, current.seal.weight if current.seal else 0.0)
+        inputs, taken, weight, delta_weight = self._inputs_of(total, batch)
+        target = 1 - current.accumulator if current.seal else current.accumulator
+        out = self._aggregates.payload(self._spec.accumulator + target, self._accumulators.nbytes)
+        header = self._aggregates.header(self._spec.accumulator + target)
+        erase_header(header)
+        old = self._current_accumulator(current) if current.seal else None
+        if inputs and not self._fold.fold(out, inputs, old):
+            innocent = self._reject_culprits(batch)
+            if len(innocent) == len(batch):
+                innocent = self._reject_largest(batch)
+            if innocent:
+                self._fold_batch(current, innocent)
+            return
+        if not inputs and taken:
+            # The function left all of them out; the sums stay as they are, but the inputs count as dealt with.
+            if old is None:
+                out[:] = bytes(len(out))
+            else:
+                out[:] = old
+        if not taken:
+            return
+        before = current.seal
+        seal = Seal(
+            pool_nonce=self._nonce,
+            round=current.round,
+            sequence=(before.sequence if before else 0) + 1,
+            inputs=current.inputs + len(taken),
+            updates=(before.updates if before else 0)
+            + sum(item.partial.updates if item.partial else 1 for item in taken),
+            weight=(before.weight if before else 0.0) + weight,
+            delta_weight=(before.delta_weight if before else 0.0) + delta_weight,
+            batch=tuple(item.key for item in taken),
+        )
+        seal.pack_into(header)
+        current.seal = seal
+        current.accumulator = target
+        for item in taken:
+            current.folded.add(item.key.slot)
+            self._report(Kind.FOLDED, item.key.slot, item.key.generation)
+
+    def _inputs_of(
+        self, total: Aggregate, batch: Sequence[ReadyInput]
+    ) -> tuple[list[Input], list[ReadyInput], float, float]:
+        """Ask the function about each update; return fold inputs, the items dealt with, and their weights."""
+        inputs: list[Input] = []
+        taken: list[ReadyInput] = []
+        weight = delta_weight = 0.0
+        for item in batch:
+            if item.partial is not None and item.sums is not None:
+                inputs.append(self._fold.partial(item.sums))
+                weight += item.partial.weight
+                delta_weight += item.partial.delta_weight
+            elif not self._offer(total, item):
+                continue
+            taken.append(item)
+        for contribution in total.take():
+            update = contribution.update
+            inputs.append(self._fold.update(update.payload, update.plan, contribution.weight * contribution.scale))
+            weight += contribution.weight
+            if update.is_delta:
+                delta_weight += contribution.weight
+        return inputs, taken, weight, delta_weight
+
+    def _offer(self, total: Aggregate, item: ReadyInput) -> bool:
+        assert item.update is not None
+        try:
+            total.offer(self._function, item.update)
+        except Exception:
+            log.exception("%s failed on %r; the update is rejected", self._function.name, item.update)
+            self._report(Kind.REJECTED, item.key.slot, item.key.generation)
+            return False
+        return True
+
+    def _reject_culprits(self, batch: Sequence[ReadyInput]) -> list[ReadyInput]:
+        """Report the updates of the batch that are not finite, and return the others."""
+        innocent = []
+        for item in batch:
+            update = item.update
+            if update is not None and self._fold.non_finite(update.payload, update.plan, update.num_samples):
+                self._report(Kind.REJECTED, item.key.slot, item.key.generation)
+            else:
+                innocent.append(item)
+        return innocent
+
+    def _reject_largest(self, batch: Sequence[ReadyInput]) -> list[ReadyInput]:
+        """All are finite but their sum is not: the update that weighs most goes."""
+        updates = [item for item in batch if item.update is not None]
+        if not updates:
+            raise LiflError("the sum of partial aggregates overflows float32; use precision float64")
+        largest = max(
+            updates, key=lambda item: item.update.num_samples * item.update.norm() if item.update else 0.0
+        )
+        self._report(Kind.REJECTED, largest.key.slot, largest.key.generation)
+        return [item for item in batch if item is not largest]
+
+    def _current_accumulator(self, current: Assignment) -> memoryview:
+        return self._aggregates.payload(self._spec.accumulator + current.accumulator, self._accumulators.nbytes)
+
+    # --- send ----------------------------------------------------------------------------------------------
+
+    def _report(self, kind: Kind, slot: int, generation: int) -> None:
+        assert self._assignment is not None
+        self._endpoint.send(self._coordinator, slot, self._assignment.round, kind, generation)
+
+    def _send_partial(self, current: Assignment) -> None:
+        if current.inputs != current.expected:
+            return  # something was rejected; the coordinator says what is missing
+        assert current.seal is not None
+        slot = slot_reference(self._infos["aggregates"].pool, self._spec.accumulator + current.accumulator)
+        current.sent = True
+        self._endpoint.send(current.parent, slot, current.round, Kind.PARTIAL, current.seal.sequence)
+
+    def _finish(self, current: Assignment) -> None:
+        """Fold the updates that are left, then merge the partial aggregates on the way into the new model."""
+        partials = [item for item in current.ready if item.partial is not None]
+        current.ready = [item for item in current.ready if item.partial is None]
+        self._fold_ready(current)
+        if current.inputs + len(partials) != current.expected:
+            current.ready = partials
+            return
+        sums = [item.sums for item in partials if item.sums is not None]
+        weight = sum(item.partial.weight for item in partials if item.partial)
+        delta_weight = sum(item.partial.delta_weight for item in partials if item.partial)
+        if current.seal is not None:
+            sums.insert(0, self._current_accumulator(current))
+            weight += current.seal.weight
+            delta_weight += current.seal.delta_weight
+        self._write_model(current, sums, weight, delta_weight)
+
+    def _finish_gathered(self, current: Assignment) -> None:
+        innocent = self._reject_culprits(current.ready)
+        if len(innocent) < len(current.ready):
+            current.ready = innocent
+            return
+        updates = [item.update for item in current.ready if item.update is not None]
+        out = self._current_accumulator(current)
+        gathered = GatheredUpdates(updates, self._accumulators, out, self._model_payload(current.round))
+        self._function(gathered)
+        if not gathered.complete:
+            raise LiflError(f"{self._function.name} did not go over all tiles of the model")
+        self._write_model(current, [out], 1.0, 0.0)
+
+    def _model_payload(self, round_number: int) -> memoryview:
+        return self._aggregates.payload(round_number % self._spec.model_slots, self._model.payload_bytes)
+
+    def _write_model(
+        self, current: Assignment, sums: list[memoryview], weight: float, delta_weight: float
+    ) -> None:
+        previous = self._model_payload(current.round)
+        out = self._model_payload(current.round + 1)
+        if weight > 0:
+            if not self._fold.finish(out, sums, weight, previous, delta_weight):
+                raise LiflError(f"the global model of round {current.round} would not be finite")
+        else:
+            out[:] = previous
+        optimizer = self._function.server_optimizer
+        if optimizer is not None:
+            apply_server_optimizer(
+                optimizer, self._accumulators, previous, out, self._state(current.round), current.round
+            )
+        slot = slot_reference(self._infos["aggregates"].pool, (current.round + 1) % self._spec.model_slots)
+        current.sent = True
+        self._endpoint.send(self._coordinator, slot, current.round, Kind.MODEL)
+
+    def _state(self, round_number: int) -> list[tuple[memoryview, memoryview]]:
+        """(array at the start of the round, array to be written) of each optimiser array."""
+        first = self._spec.model_slots
+        size = self._accumulators.nbytes
+        return [
+            (
+                self._aggregates.payload(first + 2 * array + round_number % 2, size),
+                self._aggregates.payload(first + 2 * array + (round_number + 1) % 2, size),
+            )
+            for array in range(self._spec.state_slots // 2)
+        ]

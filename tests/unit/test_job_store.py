@@ -1,0 +1,66 @@
+"""What a job leaves on the disk survives a torn write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lifl.control.job_store import JobStore
+from lifl.errors import LiflError
+from lifl.messages import JobSpec
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> JobStore:
+    store = JobStore.of(tmp_path, "job")
+    store.create(JobSpec("job", "fedavg", 3, timing="lazy"))
+    return store
+
+
+def test_the_specification_is_read_back(store: JobStore):
+    assert store.spec() == JobSpec("job", "fedavg", 3, timing="lazy")
+
+
+def test_a_torn_last_line_of_the_journal_is_left_out(store: JobStore):
+    store.append({"event": "round", "round": 1})
+    with open(store.directory / "journal.jsonl", "ab") as journal:
+        journal.write(b'{"event": "rou')
+    assert [entry["event"] for entry in store.entries()] == ["created", "round"]
+
+
+def test_a_journal_without_a_job_is_said_to_be_so(store: JobStore):
+    (store.directory / "journal.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(LiflError, match="no job in it"):
+        store.spec()
+
+
+def test_a_checkpoint_that_was_not_finished_does_not_count(store: JobStore):
+    store.write(store.checkpoint_path(1), [b"abc", memoryview(b"def")])
+    store.checkpoint_path(2).with_suffix(".partial").write_bytes(b"abc")
+    assert store.checkpoint_path(1).read_bytes() == b"abcdef"
+    assert store.rounds() == [1]
+    store.remove_leftovers()
+    assert [path.name for path in store.checkpoint_path(1).parent.iterdir()] == ["round-00000001.safetensors"]
+
+
+def test_only_the_newest_checkpoints_are_kept(store: JobStore):
+    for number in range(1, 6):
+        store.write(store.checkpoint_path(number), [b"x"])
+        store.write(store.state_path(number), [b"y"])
+    store.prune(2)
+    assert store.rounds() == [4, 5]
+    assert not store.state_path(3).exists()
+    store.prune(0)
+    assert store.rounds() == [4, 5]
+
+
+def test_a_deleted_job_keeps_its_checkpoints_under_another_name(store: JobStore, tmp_path: Path):
+    store.write(store.checkpoint_path(1), [b"x"])
+    store.retire()
+    assert list(JobStore.all_under(tmp_path)) == []
+    assert (tmp_path / "jobs" / "job~1" / "checkpoints" / "round-00000001.safetensors").exists()
+    again = JobStore.of(tmp_path, "job")
+    again.create(JobSpec("job", "fedavg", 3))
+    again.retire()
+    assert (tmp_path / "jobs" / "job~2").exists()

@@ -1,0 +1,139 @@
+"""The account of a round: every update counts once, whatever the order of events."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lifl.control.hierarchy import Hierarchy, PendingEstimate, plan_hierarchy
+from lifl.control.round import Round
+from lifl.messages import JobSpec
+
+
+def make_round(goal: int = 4, leaves: int = 2, **spec: float) -> Round:
+    return Round(1, JobSpec("job", "fedavg", goal, **spec), Hierarchy(leaves), opened=100.0)  # type: ignore[arg-type]
+
+
+def accept(round_: Round, client: str, slot: int) -> int:
+    assert round_.admit(client) == "open"
+    return round_.accept(client, slot, 7, 1.0, 100.5).aggregator
+
+
+def test_a_client_is_counted_once():
+    round_ = make_round()
+    accept(round_, "a", 0)
+    assert round_.admit("a") == "duplicate"
+    assert (round_.accepted, round_.duplicates) == (1, 1)
+
+
+def test_the_goal_closes_the_round_and_what_comes_after_is_late():
+    round_ = make_round(goal=2)
+    accept(round_, "a", 0)
+    assert not round_.try_close(101.0)
+    accept(round_, "b", 1)
+    assert round_.try_close(101.0)
+    assert not round_.try_close(101.0)
+    assert round_.admit("c") == "late"
+    assert round_.admit("a") == "duplicate"
+
+
+def test_the_quorum_suffices_only_after_the_deadline():
+    round_ = make_round(goal=4, quorum=2, deadline=10.0)
+    accept(round_, "a", 0)
+    accept(round_, "b", 1)
+    assert not round_.try_close(109.9)
+    assert round_.try_close(110.0)
+
+
+def test_after_the_deadline_the_round_waits_for_its_quorum():
+    round_ = make_round(goal=4, quorum=2, deadline=10.0)
+    accept(round_, "a", 0)
+    assert not round_.try_close(200.0)
+    accept(round_, "b", 1)
+    assert round_.try_close(200.0)
+
+
+def test_updates_are_spread_over_the_leaves():
+    round_ = make_round(goal=8, leaves=2)
+    places = [accept(round_, str(client), client) for client in range(8)]
+    assert sorted(places) == [0] * 4 + [1] * 4
+
+
+def test_a_rejected_client_may_send_again_and_its_replacement_goes_to_the_top():
+    round_ = make_round(goal=2, leaves=2)
+    first, second = accept(round_, "a", 0), accept(round_, "b", 1)
+    assert {first, second} == {0, 1}
+    assert round_.try_close(101.0)
+    assert round_.mark_rejected(1, 7) is not None
+    assert round_.status == "open"
+    assert round_.rejected_clients == ["b"]
+    assert accept(round_, "b", 2) == round_.top.index
+    assert round_.try_close(102.0)
+
+
+def test_a_message_about_an_older_use_of_a_slot_is_ignored():
+    round_ = make_round()
+    accept(round_, "a", 0)
+    assert round_.mark_folded(0, 6) is None
+    assert round_.mark_folded(0, 7) is not None
+    assert round_.mark_folded(0, 7) is None
+    assert round_.folded == 1
+
+
+def test_the_top_expects_a_partial_of_each_leaf_that_has_updates():
+    round_ = make_round(goal=1, leaves=3)
+    accept(round_, "a", 0)
+    busy = next(place for place in round_.aggregators if place.updates)
+    assert round_.expected_inputs(round_.top) == 1
+    assert [round_.sends_partial(place) for place in round_.aggregators] == [
+        place is busy and place is not round_.top for place in round_.aggregators
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(goal=st.integers(1, 30), leaves=st.integers(1, 4), seed=st.integers(0, 1 << 30))
+def test_any_order_of_events_ends_with_exactly_the_goal(goal: int, leaves: int, seed: int):
+    """Commits, folds, rejections and repeats in random order never lose or double an update."""
+    chance = random.Random(seed)
+    round_ = make_round(goal=goal, leaves=leaves)
+    slot = 0
+    rejections = chance.randint(0, 5)
+    while round_.status != "closing" or round_.in_slot:
+        client = str(chance.randint(0, 2 * goal))
+        if chance.random() < 0.5 and round_.admit(client) == "open":
+            round_.accept(client, slot, slot & 0xFF, float(chance.randint(1, 9)), 100.0)
+            slot += 1
+            round_.try_close(101.0)
+        elif round_.in_slot:
+            update = chance.choice(list(round_.in_slot.values()))
+            if rejections and chance.random() < 0.2:
+                rejections -= 1
+                assert round_.mark_rejected(update.slot, update.generation) is update
+                round_.try_close(101.0)
+            else:
+                assert round_.mark_folded(update.slot, update.generation) is update
+                assert round_.mark_folded(update.slot, update.generation) is None
+    assert round_.accepted == round_.folded == goal
+    assert sum(place.updates for place in round_.aggregators) == goal
+    assert round_.weight == sum(update.num_samples for update in round_.updates.values())
+
+
+@pytest.mark.parametrize(
+    ("pending", "per_leaf", "cores", "leaves"),
+    [(16, 2, 2, 2), (16, 2, 64, 8), (1, 2, 2, 1), (3, 2, 8, 2), (0, 2, 8, 1), (10_000, 2, 48, 48)],
+)
+def test_the_plan_has_one_leaf_for_so_many_updates_and_none_without_a_core(pending, per_leaf, cores, leaves):
+    assert plan_hierarchy(pending, per_leaf, cores, gather=False).leaves == leaves
+
+
+def test_a_gathering_function_gets_one_aggregator():
+    assert plan_hierarchy(100, 2, 8, gather=True).leaves == 1
+
+
+def test_the_estimate_of_pending_updates_is_smoothed():
+    estimate = PendingEstimate()
+    assert estimate.observe(10) == 10
+    assert estimate.observe(20) == pytest.approx(13)
