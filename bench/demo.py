@@ -28,7 +28,9 @@ USER_ENVIRONMENT = limit_threads()  # before numpy and torch are imported below:
 import demo_training as training  # noqa: E402
 import models  # noqa: E402
 import numpy as np  # noqa: E402
+import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
+from lifl.cli.common import get_json  # noqa: E402
 from lifl.client import Client  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
@@ -90,51 +92,53 @@ class Report:
 def run_training_client(
     address: str, job: str, number: int, shard: training.Shard, rounds: int, seed: int, link: Connection
 ) -> None:
-    """One client: train on the newest global model, submit, wait for the next, `rounds` times."""
-    client = Client(address, job, f"client-{number:02}")
-    model = training.make_model(seed)
-    fetched = client.fetch_model()
-    for current in range(1, rounds + 1):
-        training.set_tensors(model, fetched.tensors)
-        loss = training.train_client(model, shard, seed=seed + 1000 * current + number)
-        client.submit(training.get_tensors(model), num_samples=len(shard), round=current)
-        link.send(loss)
-        fetched = client.wait_for_round(current + 1)
+    """One client: train on the newest global model, submit, wait for the next, for `rounds` rounds."""
+    with Client(address, job, f"client-{number:02}") as client:
+        network = training.make_model(seed)
+        model = client.fetch_model()
+        while model.round <= rounds:
+            training.set_tensors(network, model.tensors)
+            training.train_client(network, shard, seed=seed + 1000 * model.round + number)
+            client.submit(training.get_tensors(network), num_samples=len(shard), round=model.round)
+            link.send(model.round)
+            model = client.wait_for_round(after=model.round)
 
 
 def run_training(node: NodeProcess, options: argparse.Namespace, console: Console) -> list[RoundResult]:
     """Train for `options.rounds` rounds; the accuracy is that of each round's global model."""
     job = "digits"
     federation = training.make_clients(options.clients, seed=options.seed)
-    model = training.make_model(options.seed)
+    network = training.make_model(options.seed)
     observer = Client(node.address, job, "observer")
     observer.create_job(function="fedavg", goal=options.clients)
-    observer.upload_model(training.get_tensors(model))
+    observer.upload_model(training.get_tensors(network))
+    observer.close()  # clients are forked now, and shall not share the connection
 
     def work(number: int, link: Connection) -> None:
         shard = federation.clients[number]
         run_training_client(node.address, job, number, shard, options.rounds, options.seed, link)
 
     results: list[RoundResult] = []
-    with Team(options.clients, work) as team, progress_bar(console) as progress:
+    with observer, Team(options.clients, work) as team, progress_bar(console) as progress:
         task = progress.add_task("round 1", total=options.rounds * options.clients, note="")
         cpu_before = node.cpu_seconds()
         for current in range(1, options.rounds + 1):
             for _ in team.receive(options.clients, ROUND_TIMEOUT_S):
                 progress.advance(task)
-            training.set_tensors(model, observer.wait_for_round(current + 1).tensors)
-            result = measure_round(node, observer, current, cpu_before)
+            model = observer.wait_for_round(after=current, timeout=ROUND_TIMEOUT_S)
+            result = measure_round(node, job, current, cpu_before)
             cpu_before += result.cpu_s
-            accuracy = training.evaluate(model, federation.test)
+            training.set_tensors(network, model.tensors)
+            accuracy = training.evaluate(network, federation.test)
             results.append(RoundResult(**{**asdict(result), "accuracy": accuracy}))
             text = f"accuracy {accuracy:.1%}, ACT {result.act_s * 1e3:.0f} ms"
             progress.update(task, description=f"round {current}", note=text)
     return results
 
 
-def measure_round(node: NodeProcess, observer: Client, number: int, cpu_before: float) -> RoundResult:
+def measure_round(node: NodeProcess, job: str, number: int, cpu_before: float) -> RoundResult:
     """What the node says of a complete round, and what it cost."""
-    state = observer.describe(round=number)
+    state = get_json(node.address, f"/v1/jobs/{job}/rounds/{number}")
     return RoundResult(
         round=number,
         act_s=state["act"],
@@ -168,21 +172,24 @@ def run_large(node: NodeProcess, options: argparse.Namespace, console: Console) 
     flats = [random.standard_normal(size, dtype=np.float32) for _ in range(DISTINCT_UPDATES)]
     samples = [int(number) for number in random.integers(10, 200, options.updates)]
     expected, magnitude = weighted_mean(flats, samples)
+    updates = [safetensors.numpy.save(models.split_flat(flat, shapes)) for flat in flats]
 
     observer = Client(node.address, job, "observer")
     observer.create_job(function="fedavg", goal=options.updates)
     observer.upload_model(models.split_flat(np.zeros(size, dtype=np.float32), shapes))
+    observer.close()
 
     def work(number: int, link: Connection) -> None:
-        client = Client(node.address, job, f"client-{number:02}")
-        tensors = models.split_flat(flats[number % DISTINCT_UPDATES], shapes)
-        link.send("ready")
-        while current := link.recv():
-            client.submit(tensors, num_samples=samples[number], round=current)
-            link.send("sent")
+        update = updates[number % DISTINCT_UPDATES]
+        with Client(node.address, job, f"client-{number:02}") as client:
+            client.describe()  # connected before the start
+            link.send("ready")
+            while current := link.recv():
+                client.submit(update, num_samples=samples[number], round=current)
+                link.send("sent")
 
     results: list[RoundResult] = []
-    with Team(options.updates, work) as team, progress_bar(console) as progress:
+    with observer, Team(options.updates, work) as team, progress_bar(console) as progress:
         task = progress.add_task(job, total=options.large_rounds * options.updates, note="")
         list(team.receive(options.updates, ROUND_TIMEOUT_S))
         for current in range(1, options.large_rounds + 1):
@@ -190,9 +197,9 @@ def run_large(node: NodeProcess, options: argparse.Namespace, console: Console) 
             team.send_all(current)
             for _ in team.receive(options.updates, ROUND_TIMEOUT_S):
                 progress.advance(task)
-            fetched = observer.wait_for_round(current + 1)
-            result = measure_round(node, observer, current, cpu_before)
-            error = np.abs(models.join_flat(fetched.tensors, shapes) - expected) / magnitude
+            model = observer.wait_for_round(after=current, timeout=ROUND_TIMEOUT_S)
+            result = measure_round(node, job, current, cpu_before)
+            error = np.abs(models.join_flat(model.tensors, shapes) - expected) / magnitude
             rate = options.updates * 4 * size / result.act_s / 1e9
             results.append(
                 RoundResult(**{**asdict(result), "gigabytes_per_s": rate, "max_error": float(error.max())})

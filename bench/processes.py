@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from lifl.cli.common import normalise_url
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -117,7 +119,7 @@ class NodeProcess:
         except BaseException:
             self.stop()
             raise
-        self.address = f"http://{ready['address']}"
+        self.address = normalise_url(ready["address"])
         self.data_plane = str(ready["data_plane"])
 
     def _wait_ready(self) -> dict[str, Any]:

@@ -118,9 +118,7 @@ class Ingest:
             self._metrics.ingest_seconds.observe(time.monotonic() - started)
         return outcome
 
-    def _take_in(
-        self, state: JobState, environ: Mapping[str, Any], identity: Identity, started: float
-    ) -> Outcome:
+    def _take_in(self, state: JobState, environ: Mapping[str, Any], identity: Identity, started: float) -> Outcome:
         media_type = environ.get("CONTENT_TYPE", "").split(";")[0].strip().lower()
         if media_type == STRUCTURED_TYPE:
             return self._take_in_structured(state, environ["wsgi.input"], identity, started)
@@ -134,9 +132,7 @@ class Ingest:
         _check_size(body.remaining, place.most_bytes)
         return self._admit(event, place) or self._store(event, place, body, started)
 
-    def _take_in_structured(
-        self, state: JobState, body: Body, identity: Identity, started: float
-    ) -> Outcome:
+    def _take_in_structured(self, state: JobState, body: Body, identity: Identity, started: float) -> Outcome:
         """A structured event has its attributes in the body, so all of it is read before anything is asked."""
         place = self._place(state)
         most = -(-place.most_bytes // 3) * 4 + _EVENT_ROOM

@@ -208,9 +208,9 @@ class Client:
         Raises Refused 404 if there is none.
         """
         query = "" if round is None else f"?round={round}"
-        return self._model(self._call("GET", f"{self._base}/model{query}"))
+        return self._model(self._call("GET", f"{self._base}/model{query}"), newest=round is None)
 
-    def wait_for_round(self, after: int, timeout: float | None = None) -> GlobalModel:
+    def wait_for_round(self, *, after: int, timeout: float | None = None) -> GlobalModel:
         """Wait until a round later than `after` is open and return its model.
 
         `timeout` is in seconds, None waits for ever. Raises TimeoutError when it is over.
@@ -269,12 +269,13 @@ class Client:
             self._encoder = Encoder()
         return self._encoder.encode(model)
 
-    def _model(self, answer: _Answer) -> GlobalModel:
+    def _model(self, answer: _Answer, *, newest: bool = True) -> GlobalModel:
         number = answer.headers.get("lifl-round", "")
         if not number.isdecimal():
             raise Unavailable(f"{self._connection.origin} sent a model without LIFL-Round; is it a LIFL gateway?")
         model = GlobalModel(int(number), answer.body, answer.headers.get("etag", ""))
-        self._newest = max(self._newest, (model.round, model.etag))
+        if newest:
+            self._newest = (model.round, model.etag)
         return model
 
     def _call(

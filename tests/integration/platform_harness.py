@@ -146,12 +146,35 @@ class Platform:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def rejoin(self) -> None:
+        """Be a gateway that has come back: join again and ask which slots are in use."""
+        known = set(self.pools)
+        self.connection.close()
+        self.coordinator.close()
+        self.join_as_gateway()
+        assert known <= set(self.pools)
+        answer = self.ask(BusySlots(0))
+        self.busy = {split_slot_reference(slot)[1]: generation for slot, generation in answer.keys}
+
+    def restart_everything(self) -> None:
+        """What the supervisor does when the coordinator died."""
+        self.processes["coordinator"].kill()
+        self.stop()
+        self.pools.clear()
+        self.busy.clear()
+        self.start()
+
+    @staticmethod
+    def pool_pages(pool: MappedPool) -> int:
+        """Blocks of memory behind a pool."""
+        return os.fstat(pool.fd).st_blocks
+
     # --- the gateway's part ---
 
     def join_as_gateway(self) -> None:
         def attempt() -> AgentConnection | None:
             try:
-                return join(str(self.runtime / "agent.sock"), Hello("gateway", seat=0))
+                return join(str(self.runtime / "agent.sock"), Hello("gateway", seat=0), keep_fds=True)
             except Unavailable:
                 return None
 
@@ -167,7 +190,7 @@ class Platform:
         while select.select([channel.socket], [], [], 0)[0]:
             message, fds = channel.receive()
             if isinstance(message, PoolAdded):
-                self.pools[message.info.pool] = MappedPool(message.info, fds[0])
+                self.pools[message.info.pool] = MappedPool(message.info, fds[0], keep_fd=True)
             else:
                 close_fds(fds)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lifl.messages import Verdict
-from tests.integration.platform_harness import Platform, encode_model
+from lifl.messages import Admit, Verdict
+from tests.integration.platform_harness import Platform, until
 
 MODEL = {"layer.weight": np.zeros((50, 101), np.float32), "layer.bias": np.zeros(101, np.float32)}
 SIZE = sum(array.size for array in MODEL.values())
@@ -58,3 +61,202 @@ def test_a_pool_of_few_slots_serves_a_round_of_many_updates(platform: Platform):
     platform.wait_for_round(2)
     assert_close(platform.model(), updates, [1.0] * 50)
     platform.wait_for_all_slots()
+
+
+def test_differences_to_the_model_and_whole_models_mix(platform: Platform):
+    base = random_update(99)
+    start = {"a": base[:50].reshape(5, 10), "b": base[50:]}
+    platform.create_job(start, goal=3)
+    flat = np.concatenate([start["a"].ravel(), start["b"].ravel()])
+    whole, first, second = random_update(1), random_update(2), random_update(3)
+    platform.submit("whole", whole.tobytes(), num_samples=2.0)
+    platform.submit("first", first.tobytes(), num_samples=3.0, is_delta=True)
+    platform.submit("second", second.tobytes(), num_samples=5.0, is_delta=True)
+    platform.wait_for_round(2)
+    expected = weighted_mean([whole, flat + first, flat + second], [2.0, 3.0, 5.0])
+    assert np.max(np.abs(platform.model() - expected)) < 1e-5
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_an_update_that_is_not_finite_is_rejected_by_client_and_leaves_the_model_alone(platform, poison):
+    platform.create_job(MODEL, goal=4)
+    bad = random_update(7)
+    bad[SIZE - 1] = poison
+    updates = [random_update(client) for client in range(4)]
+    platform.submit("bad", bad.tobytes())
+    for client, update in enumerate(updates):
+        platform.submit(str(client), update.tobytes())
+    until(lambda: platform.describe().model_round == 2 or platform.describe().current.rejected == 1)
+    if platform.describe().model_round == 1:
+        # The bad one was counted first, so the fourth good one came too late and is wanted again.
+        platform.submit("3", updates[3].tobytes())
+    state = platform.wait_for_round(2)
+    assert state.last.rejected_clients == ("bad",)
+    assert_close(platform.model(), updates, [1.0] * 4)
+    platform.wait_for_all_slots()
+
+
+def test_updates_that_overflow_only_together_lose_the_heaviest(tmp_path: Path, data_plane: str):
+    with Platform(tmp_path, data_plane, cores=1) as platform:
+        platform.create_job(MODEL, goal=3, timing="lazy")
+        huge = np.full(SIZE, 3e38, np.float32)
+        small = [random_update(1), random_update(2)]
+        platform.submit("a", small[0].tobytes())
+        platform.submit("huge-1", huge.tobytes())
+        platform.submit("huge-2", huge.tobytes())
+        until(lambda: platform.describe().current.rejected, what="rejection")
+        platform.submit("b", small[1].tobytes())
+        state = platform.wait_for_round(2)
+        assert state.last.accepted == 3
+        assert state.last.rejected_clients[0].startswith("huge")
+        assert_close(platform.model(), [huge, *small], [1.0] * 3)
+
+
+@pytest.mark.parametrize("victims", ["one", "all"])
+@pytest.mark.parametrize("moment", ["before", "between", "closing"])
+def test_killed_workers_lose_and_double_nothing(platform: Platform, victims: str, moment: str):
+    platform.create_job(MODEL, goal=12)
+    updates = [random_update(client) for client in range(12)]
+    weights = [1.0 + client for client in range(12)]
+
+    def kill() -> None:
+        workers = until(platform.workers, what="workers")
+        for pid in workers if victims == "all" else workers[:1]:
+            os.kill(pid, signal.SIGKILL)
+
+    for client in range(12):
+        if client == 1 and moment == "before":
+            kill()
+        if client == 7 and moment == "between":
+            until(lambda: platform.describe().current.folded >= 4, what="folds")
+            kill()
+        platform.submit(str(client), updates[client].tobytes(), num_samples=weights[client])
+    if moment == "closing":
+        kill()
+    state = platform.wait_for_round(2)
+    assert state.status == "running", state.detail
+    assert_close(platform.model(), updates, weights)
+    platform.wait_for_all_slots()
+
+
+def test_workers_killed_again_and_again_while_updates_come_lose_nothing(platform: Platform):
+    platform.create_job(MODEL, goal=40, slots=8)
+    updates = [random_update(client) for client in range(40)]
+    for client, update in enumerate(updates):
+        platform.submit(str(client), update.tobytes())
+        if client % 10 == 9:
+            for pid in platform.workers():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    state = platform.wait_for_round(2)
+    assert state.status == "running", state.detail
+    assert_close(platform.model(), updates, [1.0] * 40)
+    platform.wait_for_all_slots()
+
+
+def test_a_killed_agent_comes_back_and_the_round_goes_on(platform: Platform):
+    platform.create_job(MODEL, goal=10)
+    updates = [random_update(client) for client in range(10)]
+    for client in range(5):
+        platform.submit(str(client), updates[client].tobytes())
+    agent = platform.processes["agent"]
+    agent.kill()
+    agent.wait()
+    agent.stdout.close()
+    platform.start_agent()
+    platform.rejoin()
+    for client in range(5, 10):
+        platform.submit(str(client), updates[client].tobytes())
+    state = platform.wait_for_round(2)
+    assert state.status == "running", state.detail
+    assert_close(platform.model(), updates, [1.0] * 10)
+    platform.wait_for_all_slots()
+
+
+def test_a_gateway_that_dies_before_it_sends_leaves_its_updates_to_the_coordinator(platform: Platform):
+    platform.create_job(MODEL, goal=4)
+    updates = [random_update(client) for client in range(4)]
+    for client in range(3):
+        platform.submit(str(client), updates[client].tobytes(), send=client == 0)
+    platform.connection.close()
+    platform.rejoin()
+    platform.submit("3", updates[3].tobytes())
+    platform.wait_for_round(2)
+    assert_close(platform.model(), updates, [1.0] * 4)
+    platform.wait_for_all_slots()
+
+
+def test_the_quorum_closes_a_round_after_its_deadline(platform: Platform):
+    platform.create_job(MODEL, goal=5, quorum=2, deadline=1.0)
+    updates = [random_update(client) for client in range(2)]
+    for client, update in enumerate(updates):
+        platform.submit(str(client), update.tobytes())
+    assert platform.describe().model_round == 1
+    state = platform.wait_for_round(2)
+    assert state.last.accepted == 2
+    assert_close(platform.model(), updates, [1.0] * 2)
+
+
+def test_an_idle_job_keeps_no_worker_and_no_memory_and_wakes_up_again(platform: Platform):
+    platform.create_job(MODEL, goal=2, idle_seconds=0.3)
+    for round_number in (1, 2):
+        updates = [random_update(10 * round_number + client) for client in range(2)]
+        for client, update in enumerate(updates):
+            platform.ask(Admit("job", round_number, str(client), "id"))
+            platform.submit(str(client), update.tobytes(), round_number)
+        platform.wait_for_round(round_number + 1)
+        assert_close(platform.model(), updates, [1.0] * 2)
+        until(lambda: not platform.workers(), what="end of the workers")
+        memory = platform.pools[platform.updates_pool]
+        until(lambda: platform.pool_pages(memory) == 0, what="return of the memory")
+
+
+def test_a_restarted_coordinator_goes_on_with_the_right_round(platform: Platform):
+    platform.create_job(MODEL, goal=2)
+    updates = [random_update(client) for client in range(4)]
+    for client in range(2):
+        platform.submit(str(client), updates[client].tobytes())
+    until(lambda: platform.describe().checkpointed_round == 2, what="checkpoint")
+    platform.submit("0", updates[2].tobytes(), 2)
+    platform.restart_everything()
+    state = until(lambda: state if (state := platform.describe()).status == "running" else None)
+    assert (state.round, state.current.accepted) == (2, 0)
+    assert_close(platform.model(), updates[:2], [1.0] * 2)
+    platform.updates_pool = state.updates_pool
+    until(lambda: platform.take_pools() or state.updates_pool in platform.pools, what="pool")
+    for client in range(2):
+        platform.submit(str(client), updates[2 + client].tobytes(), 2)
+    platform.wait_for_round(3)
+    assert_close(platform.model(), updates[2:], [1.0] * 2)
+
+
+def test_a_function_that_dies_on_every_update_fails_the_job_and_says_so(tmp_path: Path, data_plane: str):
+    file = tmp_path / "deadly.py"
+    file.write_text(
+        "import os\nfrom lifl import aggregator\n\n@aggregator\ndef deadly(total, update):\n    os._exit(3)\n"
+    )
+    with Platform(tmp_path, data_plane, function="deadly", function_file=file) as platform:
+        platform.create_job(MODEL, goal=2)
+        platform.submit("a", random_update(1).tobytes())
+        state = until(lambda: state if (state := platform.describe()).status == "failed" else None)
+        assert "died 5 times" in state.detail
+
+
+@pytest.mark.parametrize("function", ["median", "fedadam"])
+def test_gathering_functions_and_server_optimisers_run_two_rounds(tmp_path: Path, data_plane: str, function: str):
+    with Platform(tmp_path, data_plane, function=function) as platform:
+        platform.create_job(MODEL, goal=5)
+        for round_number in (1, 2):
+            before = platform.model()
+            updates = [random_update(10 * round_number + client) for client in range(5)]
+            for client, update in enumerate(updates):
+                platform.submit(str(client), update.tobytes(), round_number)
+            state = platform.wait_for_round(round_number + 1)
+            assert state.status == "running", state.detail
+            after = platform.model()
+            if function == "median":
+                assert np.allclose(after, np.median(np.stack(updates), axis=0))
+            else:
+                assert np.all(np.sign(after - before) == np.sign(weighted_mean(updates, [1.0] * 5) - before)) or round_number > 1
+                assert not np.allclose(after, weighted_mean(updates, [1.0] * 5))
+        platform.wait_for_all_slots()

@@ -106,9 +106,8 @@ def command(
 
     client = client or f"func-{uuid.uuid4().hex[:12]}"
     content = _read(file) if file else b""
-    with Client(
-        find_node(url, path, state_directory), job, client, token=read_token(token_file), retries=2
-    ) as link:
+    node = find_node(url, path, state_directory)
+    with Client(node, job, client, token=read_token(token_file), retries=2) as link:
         if create:
             assert function_name is not None
             _create(link, function_name, goal, content)

@@ -19,6 +19,7 @@ from lifl.cli.common import (
     program,
     state_directory_option,
 )
+from lifl.errors import Unavailable
 
 
 @click.command("run")
@@ -108,7 +109,12 @@ def command(
             access_log=access_log,
         )
     )
-    ready = node.start()  # stops by itself what it has started, if it fails
+    try:
+        ready = node.start()  # stops by itself what it has started, if it fails
+    except Unavailable as error:
+        raise CommandError(
+            f"the node did not come up: {error}", [(f"{program()} doctor", "what this machine lacks")]
+        ) from None
     try:
         listening = ready.address.removeprefix("http://").rstrip("/")
         note(f"Function running on {listening}")
