@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -81,6 +83,15 @@ def cpu_seconds(pid: int) -> float:
     return sum(stat.ticks for stat in _tree_of(pid).values()) / _TICKS_PER_S
 
 
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    """In a new process: be told to end when the benchmark is killed and can stop nothing any more."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 # --- the node ------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +124,7 @@ class NodeProcess:
                 stderr=log,
                 env={name: value for name, value in environment.items() if not name.startswith("FUNC_")},
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         try:
             ready = self._wait_ready()
@@ -187,6 +199,11 @@ class NodeProcess:
 # --- clients -------------------------------------------------------------------------------------------------
 
 
+class _Failure(NamedTuple):
+    error: str
+    trace: str
+
+
 class Team:
     """Processes forked from this one, each running `work(number, link)`; use it in a `with` statement.
 
@@ -199,7 +216,10 @@ class Team:
             raise RuntimeError("clients are forked, which threads do not survive")
         context = multiprocessing.get_context("fork")
         self._links: list[connection.Connection] = []
+        self._open: dict[connection.Connection, int] = {}
         self._processes: list[multiprocessing.process.BaseProcess] = []
+        # A signal handler's exception would be lost in the hooks that run at a fork.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
         try:
             for number in range(count):
                 ours, theirs = context.Pipe()
@@ -209,10 +229,13 @@ class Team:
                 process.start()
                 theirs.close()
                 self._links.append(ours)
+                self._open[ours] = number
                 self._processes.append(process)
         except BaseException:
             self.stop()
             raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @staticmethod
     def _run(
@@ -224,6 +247,8 @@ class Team:
         # Ctrl-C reaches the whole terminal; the parent decides. Its end closes the pipe, which ends the worker.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
+        _die_with_parent()
         for other in others:
             other.close()
         try:
@@ -232,14 +257,14 @@ class Team:
             pass
         except Exception as error:
             try:
-                link.send((type(error).__name__, str(error), traceback.format_exc()))
+                link.send(_Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
             except OSError:
                 pass
             os._exit(1)
 
     def send_all(self, message: object) -> None:
-        """Send the same to every worker."""
-        for link in self._links:
+        """Send the same to every worker that has not ended."""
+        for link in self._open:
             link.send(message)
 
     def receive(self, count: int, timeout_s: float) -> Iterator[tuple[int, Any]]:
@@ -248,21 +273,30 @@ class Team:
         Raises RuntimeError if a worker fails or is gone, TimeoutError after `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
-        numbers = {link: number for number, link in enumerate(self._links)}
         while count > 0:
-            ready = connection.wait(self._links, max(0.0, deadline - time.monotonic()))
+            ready = connection.wait(list(self._open), max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError(f"{count} clients said nothing within {timeout_s:.0f} s")
             for link in ready[:count]:
                 assert isinstance(link, connection.Connection)
+                number = self._open[link]
                 try:
                     message = link.recv()
                 except (EOFError, ConnectionResetError):
-                    raise RuntimeError(f"client {numbers[link]} is gone") from None
-                if isinstance(message, tuple) and len(message) == 3 and message[2].startswith("Traceback"):
-                    raise RuntimeError(f"client {numbers[link]} failed: {message[0]}: {message[1]}\n{message[2]}")
-                yield numbers[link], message
+                    self._forget(link)
+                    continue
+                if isinstance(message, _Failure):
+                    raise RuntimeError(f"client {number} failed: {message.error}\n{message.trace}")
+                yield number, message
                 count -= 1
+
+    def _forget(self, link: connection.Connection) -> None:
+        """A worker is at its end, which is no error as long as others can still say something."""
+        number = self._open.pop(link)
+        process = self._processes[number]
+        process.join(_STOP_TIMEOUT_S)
+        if process.exitcode != 0 or not self._open:
+            raise RuntimeError(f"client {number} is gone (exit code {process.exitcode})")
 
     def stop(self) -> None:
         """End all workers."""

@@ -11,6 +11,7 @@ import select
 import socket
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -77,8 +78,10 @@ def _end(child: int) -> None:
 
 
 def _one_line(answer: str, output: list[str]) -> str:
-    telling = next((line for line in output if "error" in line.lower()), output[-1] if output else "")
-    return " ".join(f"BCC cannot load the router: {answer} {telling}".split())
+    """What failed, and the line of the compiler's or the verifier's output that tells why."""
+    telling = [line for line in output if "error" in line.lower()]
+    telling += [before for before, line in pairwise(output) if line.startswith("processed ")]
+    return " ".join(f"BCC cannot load the router: {answer}; {(telling or output[-1:] or [''])[0]}".split())
 
 
 def _child(

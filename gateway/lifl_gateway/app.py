@@ -237,8 +237,8 @@ class _Views:
 
 def _shown(state: JobState | RoundState) -> dict[str, Any]:
     shown: dict[str, Any] = msgspec.to_builtins(state)
-    for part in (shown, shown.get("current"), shown.get("last")):
-        for name in _INTERNAL if part else ():
+    for part in filter(None, (shown, shown.get("current"), shown.get("last"))):
+        for name in _INTERNAL:
             part.pop(name, None)
     return shown
 

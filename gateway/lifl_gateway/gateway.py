@@ -98,8 +98,9 @@ class Gateway:
         deadline = time.monotonic() + seconds
         pause = _FIRST_PAUSE_SECONDS
         while not (self.link.is_ready and self._board.is_current):
-            if time.monotonic() > deadline or self._ended.wait(pause):
+            if time.monotonic() > deadline or self.server.is_stopping:
                 return False
+            time.sleep(pause)
         return True
 
     def serve(self) -> None:

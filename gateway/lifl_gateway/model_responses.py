@@ -1,7 +1,7 @@
 """Sending a global model: from its file with sendfile, or, while that is not yet written, from shared memory.
 
-A model in memory is copied to the socket on purpose: pages that sendfile only refers to would still be on their way
-when the slot, given back, is written again.
+A model in memory is copied to the socket on purpose: pages that sendfile only refers to would still be on their
+way when the slot, given back, is written again.
 """
 
 from __future__ import annotations

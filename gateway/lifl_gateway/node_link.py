@@ -1,7 +1,7 @@
 """The gateway's place on its node: the memory of the pools, the slots of its seat, the data plane.
 
-One thread keeps the connection to the agent. It sleeps until a descriptor or a message arrives. When the agent goes
-away it joins the next one; pools whose nonce it knows are the same memory and keep their slots as they are.
+One thread keeps the connection to the agent. It sleeps until a descriptor or a message arrives. When the agent
+goes away it joins the next one; pools whose nonce it knows are the same memory and keep their slots as they are.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 from lifl.descriptor import MAX_BATCH, SIZE
@@ -283,8 +284,9 @@ class UnixRouter:
                 outbox.popleft()
                 first()
                 continue
-            batch = [first]
-            for item in list(outbox)[1 : _MAX_PACKET // _MAX_SEND]:
+            waiting = islice(outbox, _MAX_PACKET // _MAX_SEND)
+            batch: list[bytes] = []
+            for item in waiting:
                 if not isinstance(item, bytes):
                     break
                 batch.append(item)

@@ -102,16 +102,19 @@ class ModelUpdate:
         return {name: self.tensor(name) for name in self.names}
 
     def norm(self) -> float:
-        """The L2 norm over all float tensors together, of what was sent: weights, or the difference if a delta."""
+        """The L2 norm over all float tensors together, of what was sent: weights, or the difference if a delta.
+
+        It is NaN or infinite if any value is.
+        """
         total = 0.0
         scratch = np.empty(_NORM_TILE, np.float64)
         for run in self.layout.runs:
             if run.dtype not in FLOAT_DTYPES:
                 continue
-            items = self._view()[run.offset : run.offset + run.nbytes]
-            typed = items.view(np.uint16 if run.dtype == "BF16" else NUMPY_DTYPES[run.dtype])
-            for start in range(0, run.count, _NORM_TILE):
-                total += _square_sum(typed[start : start + _NORM_TILE], run.dtype, scratch)
+            items = _typed(self._view(), run.offset, run.count, run.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # not finite is an answer here
+                for start in range(0, run.count, _NORM_TILE):
+                    total += _square_sum(items[start : start + _NORM_TILE], run.dtype, scratch)
         return math.sqrt(total)
 
     def _view(self) -> NDArray[np.uint8]:

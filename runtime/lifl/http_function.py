@@ -10,19 +10,20 @@ goal is answered with the result, all others with an empty 202.
 | `dev.lifl.partial.v1` | weighted sums, float32 or float64 | round, weight, deltaweight, updates |
 | `dev.lifl.model.v1` | the model that a round starts from | round |
 
-A `leaf` answers with a partial, the `top` with the model of the next round. A model that is posted fixes the layout;
-without one the first input does, and then neither deltas nor server optimisers can be used. Settings, from the
-environment: LIFL_GOAL (inputs of a round, default 2), LIFL_ROLE (`leaf` or `top`, the default), LIFL_PRECISION
-(`float32` or `float64` sums), LIFL_MAX_BODY_BYTES (default 1 GiB).
+A `leaf` answers with a partial, the `top` with the model of the next round. A model that is posted fixes the
+layout; without one the first input does, and then neither deltas nor server optimisers can be used.
 
-Deploy it with `invoke: http` in func.yaml, so that this module receives the body itself. It does so into one buffer,
-where func-python's CloudEvents wrapper appends chunks to bytes, at a cost that grows with the square of the size
-(64 MiB in 16 seconds); events that come from that wrapper are answered all the same.
+Settings, from the environment: LIFL_GOAL (inputs of a round, default 2), LIFL_ROLE (`leaf` or `top`, the default),
+LIFL_PRECISION (`float32` or `float64` sums), LIFL_MAX_BODY_BYTES (default 1 GiB).
 
-`python -m lifl.http_function functions/fedavg.py` serves a file with hypercorn (`pip install lifl[http]`). Hypercorn
-reads 64 KiB at a time and is not the fastest server, but it is the one that func-python runs: what is measured here
-is then what is deployed. Only the parsing of requests happens on the event loop; folds run in a thread, so that
-health probes are answered meanwhile.
+Deploy it with `invoke: http` in func.yaml, so that this module receives the body itself. It does so into one
+buffer, where func-python's CloudEvents wrapper appends chunks to bytes, at a cost that grows with the square of
+the size (64 MiB in 16 seconds); events that come from that wrapper are answered all the same.
+
+`python -m lifl.http_function FILE` serves a function with hypercorn (`pip install lifl[http]`). It reads
+64 KiB at a time and is not the fastest server, but it is the one that func-python runs: what is measured here is
+then what is deployed. Only requests are parsed on the event loop; folds run in a thread, so that health probes
+are answered meanwhile.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import math
 import os
 import sys
@@ -65,13 +67,15 @@ if TYPE_CHECKING:
 
     from lifl.function import Receive, Scope, Send
 
+log = logging.getLogger(__name__)
+
 UPDATE: Final = "dev.lifl.update.v1"
 PARTIAL: Final = "dev.lifl.partial.v1"
 MODEL: Final = "dev.lifl.model.v1"
 MEDIA_TYPE: Final = "application/vnd.safetensors"
 
 MAX_OPEN_ROUNDS: Final = 4
-"""Rounds that may be open at the same time; each keeps two accumulators."""
+"""Rounds that may be open at the same time, each with two accumulators; for a fifth the oldest is given up."""
 _REMEMBERED_ROUNDS: Final = 64  # closed rounds whose inputs are still known, to recognise duplicates
 _CACHED_LAYOUTS: Final = 64
 _MODEL_KEY: Final = "lifl.model"  # in the metadata of a partial: the header of the model, for its dtypes
@@ -271,7 +275,7 @@ class _Closed:
     """A closed round: who took part, and what was answered to the input that completed it."""
 
     keys: set[str]
-    last: Event
+    last_keys: set[str]
     reply: Reply
 
 
@@ -320,6 +324,7 @@ class Aggregation:
         self._layouts: dict[bytes, tuple[ModelLayout, FoldPlan]] = {}
         self._open: dict[int, _Round] = {}
         self._closed: dict[int, _Closed] = {}
+        self._forgotten = 0  # the last round that is neither open nor remembered, and can only be late
 
     def process(self, events: Sequence[Event]) -> list[Reply]:
         """Take the events in order and return a reply for each; those of one round are folded in one pass."""
@@ -340,7 +345,11 @@ class Aggregation:
             except Exception as error:
                 replies[position] = _answer(error)
                 continue
-            if self._open[event.round].inputs + len(ready) >= self._settings.goal:
+            state = self._open.get(event.round)
+            if state is None:  # given up as soon as it was opened: older than all others
+                replies[position] = _answer(_Late(event.round))
+                ready.pop()
+            elif state.inputs + len(ready) >= self._settings.goal:
                 self._flush(ready, replies)
         self._flush(ready, replies)
         assert all(reply is not None for reply in replies)
@@ -355,23 +364,26 @@ class Aggregation:
         if closed is not None:
             if keys & closed.keys:
                 # The answer to the input that completed the round may have been lost on its way: say it again.
-                return closed.reply if keys & _keys(closed.last) else Reply(200)
-            raise _Late(event.round)
-        if self._closed and event.round < min(self._closed):
+                return closed.reply if keys & closed.last_keys else Reply(200)
             raise _Late(event.round)
         state = self._open.get(event.round)
+        if state is None and event.round <= self._forgotten:
+            raise _Late(event.round)
         return Reply(200) if state is not None and keys & state.keys else None
 
     def _prepare(self, position: int, event: Event) -> _Ready:
         layout, payload, plan = self._read(event)
-        if event.round not in self._open:
-            if len(self._open) >= MAX_OPEN_ROUNDS:
-                raise Busy("Too many open rounds", f"{len(self._open)} rounds wait for more inputs", retry_after=1)
-            self._open[event.round] = _Round(event.round)
-        state = self._open[event.round]
+        state = self._open.get(event.round) or _Round(event.round)
         assert self._fold is not None
-        if event.delta_weight and self._settings.role == "top" and event.round not in self._models:
-            raise Refused(409, "Model needed", f"deltas of round {event.round} need its model; post it first")
+        if self._settings.role == "top" and event.round not in self._models:
+            # Found out now rather than at the end of the round, when its inputs are all used up.
+            if event.delta_weight:
+                raise Refused(409, "Model needed", f"deltas of round {event.round} need its model; post it first")
+            if self._function.server_optimizer is not None:
+                text = (
+                    f"{self._function.name} has a server optimiser, which needs the model of round {event.round}"
+                )
+                raise Refused(409, "Model needed", f"{text}; post it first")
         if event.type == PARTIAL:
             ready = _Ready(position, event, None, event.weight, event.delta_weight)
             if event.weight:
@@ -379,7 +391,17 @@ class Aggregation:
         else:
             ready = self._ask(position, event, layout, payload, plan, state)
         state.keys |= _keys(event)
+        if event.round not in self._open:
+            self._open[event.round] = state
+            self._abandon_rounds()
         return ready
+
+    def _abandon_rounds(self) -> None:
+        """Give up the oldest open rounds beyond the limit: their clients are gone, and newer ones wait."""
+        for number in sorted(self._open)[:-MAX_OPEN_ROUNDS]:
+            state = self._open.pop(number)
+            log.warning("round %d is given up with %d of %d inputs", number, state.inputs, self._settings.goal)
+            self._forgotten = max(self._forgotten, number)
 
     def _ask(
         self,
@@ -491,16 +513,12 @@ class Aggregation:
             reply = _answer(error)
         replies[last.position] = reply
         del self._open[state.number]
-        self._closed[state.number] = _Closed(state.keys, last.event, reply)
-        # The result and the last event's data are large: only the newest round keeps them.
-        for number, closed in self._closed.items():
-            if number != state.number:
-                closed.reply = Reply(200)
-        self._closed[state.number].last = Event(
-            last.event.type, last.event.source, last.event.id, state.number, b""
-        )
+        for closed in self._closed.values():
+            closed.reply = Reply(200)  # results are large: only the newest one is kept
+        self._closed[state.number] = _Closed(state.keys, _keys(last.event), reply)
         for old in sorted(self._closed)[:-_REMEMBERED_ROUNDS]:
             del self._closed[old]
+            self._forgotten = max(self._forgotten, old)
 
     def _add(self, state: _Round, batch: Sequence[_Ready]) -> dict[int, Refused]:
         """Fold a batch into the round; return what was rejected, by position."""
@@ -548,8 +566,6 @@ class Aggregation:
         assert self._accumulators is not None and self._fold is not None
         previous = self._models.get(state.number)
         optimizer = self._function.server_optimizer
-        if optimizer is not None and previous is None:
-            raise Refused(409, "Model needed", f"{optimizer.describe()} needs the model of round {state.number}")
         if self._function.gather:
             sums = np.empty(self._accumulators.nbytes, np.uint8)
             gathered = GatheredUpdates(state.gathered, self._accumulators, sums, previous)
@@ -627,6 +643,7 @@ def _answer(error: Exception) -> Reply:
         return _problem(Refused(422, "Invalid model", str(error)))
     if isinstance(error, ValueError):
         return _problem(_Rejected(str(error)))
+    log.error("the function failed", exc_info=error)
     return _problem(Refused(500, "Function failed", f"{type(error).__name__}: {error}"))
 
 
@@ -810,7 +827,9 @@ async def _receive_body(content_length: str | None, receive: Receive, most: int)
     if content_length is None:
         pieces: list[bytes] = []
         size = 0
-        async for piece in _pieces(receive):
+        more = True
+        while more:
+            piece, more = await _receive_piece(receive)
             size += len(piece)
             if size > most:
                 raise too_large
@@ -823,7 +842,9 @@ async def _receive_body(content_length: str | None, receive: Receive, most: int)
     body = np.empty(int(content_length), np.uint8)
     view = body.data
     end = 0
-    async for piece in _pieces(receive):
+    more = True
+    while more:
+        piece, more = await _receive_piece(receive)
         if end + len(piece) > len(view):
             raise Refused(400, "Bad request", "the body is longer than its Content-Length")
         view[end : end + len(piece)] = piece
@@ -833,16 +854,12 @@ async def _receive_body(content_length: str | None, receive: Receive, most: int)
     return view
 
 
-async def _pieces(receive: Receive) -> Any:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Disconnected
-        piece = message.get("body", b"")
-        if piece:
-            yield piece
-        if not message.get("more_body", False):
-            return
+async def _receive_piece(receive: Receive) -> tuple[bytes, bool]:
+    """One piece of the body and whether more follow."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise _Disconnected
+    return message.get("body", b""), message.get("more_body", False)
 
 
 # --- serving -------------------------------------------------------------------------------------------------

@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import click
+import numpy as np
 import pytest
+import safetensors.numpy
 from lifl import cli
 from lifl.cli.common import CommandError, find_node, get_json, read_run_file
 from lifl.cli.run import choose_address, parse_address
+from lifl.client import GlobalModel, Submission
 from lifl.doctor import Check, examine
 from lifl.errors import Busy, ProtocolError, Refused, Unavailable
 
@@ -476,6 +479,153 @@ def test_addresses_are_read_with_names_and_ipv6() -> None:
 def test_other_addresses_are_refused(address: str) -> None:
     with pytest.raises(CommandError, match="HOST:PORT"):
         parse_address(address)
+
+
+# --- invoke --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to send"),
+        (["--random", "--create"], "a new job needs an initial model"),
+        (["--random", "--file", "m"], "--file and --random together need --create"),
+        (["--random"], "--job is not given, and the project does not tell: no function project"),
+        (["--create", "--job", "j", "--file", "m"], "--function is not given, and the project does not tell"),
+        (["--job", "j", "--file", "m"], "'m' is no safetensors file: "),
+        (["--file", "none"], "Invalid value for '-f' / '--file': File 'none' does not exist."),
+        (["--random", "--samples", "0"], "Invalid value for '--samples': 0.0 is not in the range x>0."),
+    ],
+)
+def test_invoke_says_what_it_lacks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "m").write_bytes(b"no model at all")
+
+    code, out, err = run(capsys, "invoke", *arguments)
+
+    assert (code, out) == (1, "")
+    assert err.startswith(f"Error: {message}")
+
+
+class StandInClient:
+    """In the place of lifl.client.Client; `calls` and `answer` belong to the test."""
+
+    calls: ClassVar[list[tuple[str, Any]]] = []
+    answer = Submission("accepted", 1)
+    model = b""
+
+    def __init__(self, url: str, job: str, client_id: str, **options: Any) -> None:
+        self.job = job
+        self.calls.append(("open", (url, job, client_id)))
+
+    def __enter__(self) -> StandInClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def create_job(self, **spec: Any) -> dict[str, Any]:
+        self.calls.append(("create", spec))
+        return {"job": self.job, "round": 0}
+
+    def upload_model(self, model: bytes) -> dict[str, Any]:
+        self.calls.append(("upload", model))
+        return {"job": self.job, "round": 1}
+
+    def round(self) -> int:
+        return 1
+
+    def fetch_model(self) -> GlobalModel:
+        return GlobalModel(1, bytearray(self.model), "")
+
+    def submit(self, update: bytes, *, num_samples: float, round: int) -> Submission:
+        self.calls.append(("submit", (bytes(update), num_samples, round)))
+        return self.answer
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch, project: Path) -> type[StandInClient]:
+    tensors = {"w": np.zeros((2, 3), np.float32), "h": np.zeros(5, np.float16), "steps": np.arange(3)}
+    StandInClient.model = safetensors.numpy.save(tensors)
+    (project / "m").write_bytes(StandInClient.model)
+    monkeypatch.setattr(StandInClient, "calls", [])
+    monkeypatch.setattr(StandInClient, "answer", Submission("accepted", 1))
+    monkeypatch.setattr("lifl.client.Client", StandInClient)
+    return StandInClient
+
+
+def test_invoke_sends_a_file_as_it_is_to_the_projects_job(
+    capsys: pytest.CaptureFixture[str], client: type[StandInClient]
+) -> None:
+    code, out, err = run(capsys, "invoke", "--file", "m", "--client", "c", "--samples", "7", "--round", "4")
+
+    assert (code, out, err) == (0, "accepted: round 1 of job fedavg, client c\n", "")
+    assert client.calls == [
+        ("open", ("http://127.0.0.1:8080", "fedavg", "c")),
+        ("submit", (client.model, 7.0, 4)),
+    ]
+
+
+def test_invoke_creates_the_job_only_when_told(
+    capsys: pytest.CaptureFixture[str], client: type[StandInClient]
+) -> None:
+    code, _, err = run(capsys, "invoke", "--create", "--file", "m", "--goal", "3", "-o", "json")
+
+    assert code == 0
+    assert err == "Job fedavg created: function fedavg, goal 3, round 1 open\n"
+    assert [name for name, _ in client.calls] == ["open", "create", "upload", "submit"]
+    assert client.calls[1][1] == {"function": "fedavg", "goal": 3}
+
+
+def test_random_changes_floats_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], client: type[StandInClient]
+) -> None:
+    assert run(capsys, "invoke", "--random")[0] == 0
+
+    sent = safetensors.numpy.load(client.calls[-1][1][0])
+    assert sent["w"].dtype == np.float32 and np.all(sent["w"] != 0) and np.abs(sent["w"]).max() < 0.1
+    assert sent["h"].dtype == np.float16 and np.all(sent["h"] != 0)
+    assert np.array_equal(sent["steps"], np.arange(3))
+
+
+def test_each_invocation_is_another_client_unless_told(
+    capsys: pytest.CaptureFixture[str], client: type[StandInClient]
+) -> None:
+    for _ in range(2):
+        run(capsys, "invoke", "--random")
+
+    names = [details[2] for name, details in client.calls if name == "open"]
+    assert len(set(names)) == 2
+
+
+def test_a_late_update_is_told_and_returns_1(
+    capsys: pytest.CaptureFixture[str], client: type[StandInClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "answer", Submission("late", 5))
+
+    code, out, _ = run(capsys, "invoke", "--random", "--round", "2")
+
+    assert (code, out) == (1, "late: round 2 of job fedavg is over; round 5 is open\n")
+    assert run(capsys, "invoke", "--random", "-o", "json")[0] == 1
+
+
+def test_a_node_that_does_not_come_up_suggests_the_doctor(
+    capsys: pytest.CaptureFixture[str],
+    project: Path,
+    stand_in_node: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: Any) -> NodeReady:
+        raise Unavailable("agent did not start")
+
+    monkeypatch.setattr(sys.modules["lifl.node"].Node, "start", fail)
+
+    code, _, err = run(capsys, "run", "--address", "127.0.0.1:0")
+
+    assert code == 1
+    assert "the node did not come up: agent did not start" in err and "func doctor" in err
+    assert stand_in_node["calls"] == []
 
 
 # --- doctor and version ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def run(
     edges = [0, *cuts, start.size]
     for number, mean in enumerate(means, 1):
         result = mean.copy()
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             previous = weights[begin:end].copy()
             previous.flags.writeable = False
             tile = {name: array[begin:end] for name, array in state.items()}

@@ -17,7 +17,7 @@ from lifl.cli.common import (
     program,
     read_token,
 )
-from lifl.errors import InvalidProject, Refused
+from lifl.errors import InvalidModel, InvalidProject, Refused
 
 if TYPE_CHECKING:
     from lifl.client import Client
@@ -131,7 +131,10 @@ def _read(file: Path) -> bytes:
         content = file.read_bytes()
     except OSError as error:
         raise CommandError(f"'{file}' cannot be read: {error.strerror}") from None
-    split(content)  # a file that is no model is better explained here
+    try:
+        split(content)
+    except InvalidModel as error:
+        raise CommandError(f"'{file}' is no safetensors file: {error}") from None
     return content
 
 

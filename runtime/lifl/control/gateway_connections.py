@@ -1,0 +1,88 @@
+"""The gateways' connections to `coordinator.sock`: accepting them, reading requests, sending answers."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+from collections.abc import Callable
+from functools import partial
+
+from lifl.control_channel import ControlChannel, close_fds
+from lifl.errors import ProtocolError, Refused, Unavailable
+from lifl.messages import Message, Problem, ToCoordinator
+
+log = logging.getLogger("lifl.coordinator")
+
+
+class GatewayConnection:
+    """One connection of a gateway: either questions and answers, or a subscription."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.channel: ControlChannel[ToCoordinator] = ControlChannel(sock, ToCoordinator)
+        self.leases: dict[int, str] = {}
+        """Job of each model that is lent over this connection."""
+        sock.setblocking(False)
+
+    def answer(self, message: Message) -> None:
+        """Send, unless the gateway is gone: then its end of file will tell."""
+        try:
+            self.channel.send(message)
+        except Unavailable as error:
+            log.debug("answer not delivered: %s", error)
+
+
+Answer = Callable[[GatewayConnection, ToCoordinator], Message | None]
+"""Gives the answer to a request, or None when it comes later or never; may raise `Refused`."""
+
+
+class GatewayConnections:
+    """Serves every connection of a listener: `answer` gives the answers, `ended` hears of each end."""
+
+    def __init__(
+        self, selector: selectors.BaseSelector, answer: Answer, ended: Callable[[GatewayConnection], None]
+    ) -> None:
+        self._selector = selector
+        self._answer = answer
+        self._ended = ended
+
+    def serve(self, listener: socket.socket) -> None:
+        """Accept gateways from now on."""
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return
+        connection = GatewayConnection(sock)
+        self._selector.register(sock, selectors.EVENT_READ, partial(self._receive, connection))
+
+    def _receive(self, connection: GatewayConnection) -> None:
+        try:
+            request, fds = connection.channel.receive()
+        except BlockingIOError:
+            return
+        except (Unavailable, ProtocolError) as error:
+            log.debug("gateway connection ended: %s", error)
+            self._drop(connection)
+            return
+        close_fds(fds)
+        answer = self._answer_or_problem(connection, request)
+        if answer is not None:
+            connection.answer(answer)
+
+    def _answer_or_problem(self, connection: GatewayConnection, request: ToCoordinator) -> Message | None:
+        try:
+            return self._answer(connection, request)
+        except Refused as refusal:
+            return Problem(refusal.status, refusal.title, refusal.detail)
+        except Exception as error:  # one request that goes wrong must not end all jobs
+            log.exception("request %s failed", type(request).__name__)
+            return Problem(500, "internal error", f"{type(error).__name__}; see the coordinator's log")
+
+    def _drop(self, connection: GatewayConnection) -> None:
+        self._selector.unregister(connection.channel.socket)
+        connection.channel.close()
+        self._ended(connection)
