@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
-from lifl.control_channel import ControlChannel, close_fds, listen, peer_credentials
+from lifl.control_channel import MAX_FDS, ControlChannel, close_fds, listen, peer_credentials
 from lifl.errors import LiflError, ProtocolError, Unavailable
 from lifl.messages import (
     Allow,
@@ -50,7 +50,7 @@ from lifl.messages import (
     endpoint_id,
 )
 from lifl_ebpf.capabilities import CAP_BPF, CAP_NET_ADMIN, drop_capabilities
-from lifl_ebpf.interface import DEFAULT_CREDIT, MINIMUM_CREDIT, Router
+from lifl_ebpf.interface import DEFAULT_CREDIT, MINIMUM_CREDIT, EndpointSockets, Router
 from lifl_ebpf.preflight import ebpf_reason
 
 from lifl_gateway.poller import READ, WRITE, Poller, SpareFile, StopSignals, raise_file_limit
@@ -64,6 +64,10 @@ _MAX_STRANGERS: Final = 64
 """Connections that have not said Hello; the oldest makes room for the next."""
 _MAX_TICKETS: Final = 4096
 _MESSAGES_A_TURN: Final = 64
+_BACKLOG: Final = 1024
+"""Processes that may knock at once; with a time limit connect(2) does not wait but fails when it is full."""
+_POOLS_IN_WELCOME: Final = MAX_FDS - 3
+"""A gateway hears of further pools one by one: a message carries only so many file descriptors."""
 
 Request = CreatePool | DropPool | ReclaimPool | Allow | StartWorkers | StopWorkers | GetTraffic
 
@@ -216,24 +220,20 @@ class Agent:
 
     # --- sending ---
 
-    def _send(
-        self, peer: Peer, message: msgspec.Struct, fds: Sequence[int] = (), *, ready: bool = True
-    ) -> _Waiting | None:
+    def _send(self, peer: Peer, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
         """Send now if possible, else keep it with copies of `fds`; give the process up when too much waits."""
-        if ready and not peer.outbox:
+        if not peer.outbox:
             try:
                 peer.channel.send(message, fds)
-                return None
+                return
             except Unavailable as error:
                 if not isinstance(error.__cause__, BlockingIOError):
-                    return None  # it is gone; the end of its connection says so too
+                    return  # it is gone; the end of its connection says so too
                 self._poller.modify(peer.channel.fileno(), READ | WRITE)
         if len(peer.outbox) >= _MAX_OUTBOX:
             self._give_up(peer)
-            return None
-        waiting = _Waiting(message, [os.dup(fd) for fd in fds], ready)
-        peer.outbox.append(waiting)
-        return waiting
+        else:
+            peer.outbox.append(_Waiting(message, [os.dup(fd) for fd in fds], ready=True))
 
     def _give_up(self, peer: Peer) -> None:
         """Have the end of this connection come up in the loop; the caller may be in the midst of something."""
@@ -295,7 +295,7 @@ class Agent:
         number = self._numbers.get(hello.role, 0)
         endpoint = endpoint_id(hello.role, number)
         try:
-            self._welcome(peer, endpoint)
+            sockets = None if hello.role == "zygote" else self._router.add_endpoint(endpoint)
         except OSError as error:
             self._refuse(peer, f"the data plane has no room: {error}")
             raise Unavailable(str(error)) from error
@@ -303,7 +303,8 @@ class Agent:
         peer.endpoint = endpoint
         self._strangers.pop(peer, None)
         self._peers[endpoint] = peer
-        self._allow_defaults(peer)
+        self._allow_defaults(peer)  # before the welcome: who is welcome may send at once
+        self._welcome(peer, sockets)
         self._announce(peer)
 
     def _why_not(self, hello: Hello) -> str:
@@ -317,29 +318,29 @@ class Agent:
             self._disconnect(self._coordinator)
         return ""
 
-    def _welcome(self, peer: Peer, endpoint: int) -> None:
-        if peer.role == "zygote":
-            self._send(peer, Welcome(endpoint, self._router.data_plane, has_credit_page=False))
-            return
-        pools = self._pools_of(peer)
-        sockets = self._router.add_endpoint(endpoint)
+    def _welcome(self, peer: Peer, sockets: EndpointSockets | None) -> None:
+        """Send the welcome with everything that belongs to it, and close our copies of the sockets."""
+        pools = [] if sockets is None else self._pools_of(peer)
+        pools, later = pools[:_POOLS_IN_WELCOME], pools[_POOLS_IN_WELCOME:]
+        welcome = Welcome(
+            endpoint=peer.endpoint,
+            data_plane=self._router.data_plane,
+            has_credit_page=sockets is not None,
+            pools=tuple(pool.info for pool in pools),
+            worker=peer.spec,
+        )
         try:
-            self._send(
-                peer,
-                Welcome(
-                    endpoint,
-                    self._router.data_plane,
-                    has_credit_page=True,
-                    pools=tuple(pool.info for pool in pools),
-                    worker=peer.spec,
-                ),
-                [*sockets.filenos(), *(_handle_for(peer.role, pool) for pool in pools)],
+            fds = (
+                [] if sockets is None else [*sockets.filenos(), *(_handle_for(peer.role, pool) for pool in pools)]
             )
-        except BaseException:
-            self._router.remove_endpoint(endpoint)
-            raise
+            self._send(peer, welcome, fds)
+            for pool in later:
+                self._send(peer, PoolAdded(pool.info), [_handle_for(peer.role, pool)])
+        except (LiflError, OSError):
+            self._give_up(peer)
         finally:
-            sockets.close()
+            if sockets is not None:
+                sockets.close()
 
     def _pools_of(self, peer: Peer) -> list[PoolMemory]:
         if peer.role == "gateway":
@@ -527,7 +528,7 @@ def serve(runtime_directory: Path, data_plane: str, credit: int, announce: Calla
         undo.callback(signals.close)
         factory = PoolFactory()
         plane = _open_router(data_plane, credit, poller)
-        listener = listen(str(path))
+        listener = listen(str(path), _BACKLOG)
         mark = path.stat().st_ino
         agent = Agent(listener, plane.router, factory, poller)
         undo.callback(agent.close)

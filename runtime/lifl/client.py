@@ -393,12 +393,16 @@ class _Connection:
 
     def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            raise InvalidInput(f"{url!r} has a port that is no number from 0 to 65535") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise InvalidInput(f"{url!r} is not the URL of a gateway; it looks like http://127.0.0.1:8080")
         self.prefix = parts.path.rstrip("/")
         self._host = parts.hostname
         self._tls = parts.scheme == "https"
-        self._port = parts.port or (443 if self._tls else 80)
+        self._port = port or (443 if self._tls else 80)
         self._host_header = parts.netloc.rpartition("@")[2]
         self.origin = f"{parts.scheme}://{self._host_header}"
         self._timeout = timeout

@@ -418,11 +418,11 @@ def _round_floats(out: NDArray[Any], values: NDArray[Any], dtype: str) -> bool:
             out[:] = values
             return bool(np.isfinite(out).all())
         singles = values.astype(np.float32, copy=False)
-    out[:] = _bfloat16_bits(singles)
+    out[:] = float32_to_bfloat16(singles)
     return not bool(((out & 0x7F80) == 0x7F80).any())
 
 
-def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def float32_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round float32 to the bits of bfloat16, to nearest even; NaN stays NaN."""
     bits = values.view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16

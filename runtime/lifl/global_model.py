@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifl.errors import LiflError
-from lifl.fold import Buffer, _bfloat16_bits
+from lifl.fold import Buffer, float32_to_bfloat16
 from lifl.model_layout import FLOAT_DTYPES, ITEM_BYTES, AccumulatorLayout, Run, SumRun
 from lifl.server_optimizer import ServerOptimizer
 from lifl.tensors import bfloat16_to_float32
@@ -76,6 +76,6 @@ def _read(view: NDArray[np.uint8], run: Run, sums: SumRun, start: int, count: in
 def _write(view: NDArray[np.uint8], run: Run, start: int, values: NDArray[Any]) -> None:
     raw = _raw(view, run, start, values.size)
     if run.dtype == "BF16":
-        raw.view(np.uint16)[:] = _bfloat16_bits(values.astype(np.float32))
+        raw.view(np.uint16)[:] = float32_to_bfloat16(values.astype(np.float32))
     else:
         raw.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[run.dtype])[:] = values

@@ -40,7 +40,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
-from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +50,7 @@ from lifl.fold import Fold, Input
 from lifl.function import AggregatorFunction, load_function
 from lifl.global_model import apply_server_optimizer
 from lifl.model_layout import (
+    RUN_ALIGNMENT,
     AccumulatorLayout,
     FoldPlan,
     ModelLayout,
@@ -164,6 +164,7 @@ def parse_event(headers: Mapping[str, str], body: Buffer) -> Event:
     `headers` have lower-case names. Raises Refused 400 or 415 that says what is wrong.
     """
     from cloudevents.core.bindings.http import HTTPMessage, from_http_event
+    from cloudevents.core.exceptions import CloudEventValidationError
 
     structured = headers.get("content-type", "").lower().startswith("application/cloudevents")
     if structured:
@@ -177,7 +178,8 @@ def parse_event(headers: Mapping[str, str], body: Buffer) -> Event:
         raise Refused(400, "Bad event", "the request is not a CloudEvent: it has no ce-type header")
     try:
         event = from_http_event(message, _raw_format())
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (CloudEventValidationError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        # The library checks little before it uses what it got, so that JSON of another shape ends in any of these.
         raise Refused(400, "Bad event", f"the request is not a CloudEvent: {error}") from None
     return check_event(event)
 
@@ -188,14 +190,14 @@ def check_event(event: BaseCloudEvent) -> Event:
     data: Any = event.get_data()
     if isinstance(data, str):
         data = data.encode()  # undoes what the JSON format did to bytes that happened to be UTF-8
-    if data is None or isinstance(data, dict):
+    if not isinstance(data, (bytes, bytearray, memoryview)):
         raise Refused(400, "Bad event", "the event carries no safetensors data")
     kind = str(attributes["type"])
     if kind not in (UPDATE, PARTIAL, MODEL):
         raise Refused(400, "Bad event", f"type must be {UPDATE}, {PARTIAL} or {MODEL}, not {kind[:100]!r}")
     common: dict[str, Any] = {
         "type": kind,
-        "source": unquote(str(attributes["source"])),
+        "source": str(attributes["source"]),
         "id": str(attributes["id"]),
         "round": _whole(attributes, "round"),
         "data": data,
@@ -553,13 +555,9 @@ class Aggregation:
         if self._settings.role == "leaf":
             attributes = {"weight": state.weight, "deltaweight": state.delta_weight, "updates": state.updates}
             return self._event(PARTIAL, state.number, attributes, self._encode_partial(state))
-        header = self._model.header
-        start = LENGTH.size + len(header)
-        data = np.empty(start + self._model.payload_bytes, np.uint8)
-        LENGTH.pack_into(data.data, 0, len(header))
-        data[LENGTH.size : start] = np.frombuffer(header, np.uint8)
-        self._write_model(state, data[start:])
-        self._keep_model(state.number + 1, data[start:])
+        data, payload = _new_safetensors(self._model.header, self._model.payload_bytes)
+        self._write_model(state, payload)
+        self._keep_model(state.number + 1, payload)
         return self._event(MODEL, state.number + 1, {"updates": state.updates}, data.data)
 
     def _write_model(self, state: _Round, out: NDArray[np.uint8]) -> None:
@@ -599,12 +597,9 @@ class Aggregation:
             places[name] = (offset, nbytes)
         header = encode_header(entries, {_MODEL_KEY: _without_metadata(self._model.header)})
         layout = parse_header(header)
-        start = LENGTH.size + len(header)
-        data = np.empty(start + layout.payload_bytes, np.uint8)
-        LENGTH.pack_into(data.data, 0, len(header))
-        data[LENGTH.size : start] = np.frombuffer(header, np.uint8)
+        data, payload = _new_safetensors(header, layout.payload_bytes)
         for spec in layout.tensors:
-            target = data[start + spec.offset : start + spec.offset + spec.nbytes]
+            target = payload[spec.offset : spec.offset + spec.nbytes]
             offset, nbytes = places[spec.name]
             if state.sums is None:
                 target.fill(0)
@@ -653,6 +648,17 @@ def _header_of(data: Buffer) -> bytes:
         return b""
     (length,) = LENGTH.unpack_from(view)
     return bytes(view[LENGTH.size : LENGTH.size + min(length, len(view))])
+
+
+def _new_safetensors(header: bytes, payload_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A buffer with this header, and the view of its data section, still to be filled."""
+    # Headers of clients have any length; with this one the data section is aligned, as the fold needs its result.
+    header += b" " * (-(LENGTH.size + len(header)) % RUN_ALIGNMENT)
+    start = LENGTH.size + len(header)
+    data = np.empty(start + payload_bytes, np.uint8)
+    LENGTH.pack_into(data.data, 0, len(header))
+    data[LENGTH.size : start] = np.frombuffer(header, np.uint8)
+    return data, data[start:]
 
 
 def _without_metadata(header: bytes) -> str:

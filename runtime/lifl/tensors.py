@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -215,8 +215,3 @@ def _copy(target: NDArray[np.uint8], tensor: Tensor, spec: TensorSpec) -> None:
 
     place = torch.frombuffer(target.data, dtype=getattr(torch, _TORCH_NAMES[spec.dtype]))
     place.view(spec.shape).copy_(tensor.detach())
-
-
-def dtypes_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Sequence[int]]]:
-    """What `encode_header` takes: the safetensors dtype and the shape of each tensor."""
-    return {name: (_dtype_of(name, tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -512,11 +512,18 @@ def raw_post(length: int | str | None, *extra: str, client: str = "alice", job: 
 
 
 def read_response(sock: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """Read one response from a raw connection."""
-    response = http.client.HTTPResponse(sock)
-    response.begin()
-    body = response.read()
-    return response.status, {name.lower(): value for name, value in response.getheaders()}, body
+    """Read one response from a raw connection, and not a byte of what follows it."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = sock.recv(1)
+        assert byte, f"the connection ended after {head!r}"
+        head += byte
+    status_line, *lines = head.decode("latin-1").split("\r\n")[:-2]
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = b""
+    while len(body) < int(headers.get("content-length", 0)):
+        body += sock.recv(int(headers["content-length"]) - len(body))
+    return int(status_line.split()[1]), headers, body
 
 
 def eventually(condition: Any, seconds: float = 5.0) -> bool:

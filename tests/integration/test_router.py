@@ -230,8 +230,9 @@ sys.stdin.read()
 def start_sender(node: Node, count: int) -> tuple[subprocess.Popen[bytes], int]:
     """A worker in a process of its own that sends to the coordinator and then waits."""
     spec = ask_for_worker(node.coordinator, node.zygote)
+    to = str(end(node.coordinator).identifier)
     process = subprocess.Popen(
-        [sys.executable, "-c", _SENDER, node.agent.socket, spec.ticket, str(end(node.coordinator).identifier), str(count)],
+        [sys.executable, "-c", _SENDER, node.agent.socket, spec.ticket, to, str(count)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )  # fmt: skip

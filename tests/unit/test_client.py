@@ -145,6 +145,7 @@ def drop(exchange: Exchange) -> bool:
     return False
 
 
+DEFAULT_CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text()
 ACCEPTED = reply("202 Accepted", {"status": "accepted"})
 TENSORS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "steps": np.array(7)}
 BIG = bytes(Encoder().encode({"x": np.zeros(8 << 20, np.uint8)}))
@@ -533,9 +534,9 @@ def test_a_prefix_in_the_url_is_kept(server: Server) -> None:
     assert server.exchanges[0].line == "GET /lifl/v1/jobs/j HTTP/1.1"
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "http://host/?query"])
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "http://host/?query", "http://h:x"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(InvalidInput, match="gateway"):
+    with pytest.raises(InvalidInput, match=r"gateway|port"):
         Client(url, "j", "a")
 
 

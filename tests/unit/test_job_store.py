@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lifl.control.hierarchy import Hierarchy
 from lifl.control.job_store import JobStore
+from lifl.control.round import Round
 from lifl.errors import LiflError
 from lifl.messages import JobSpec
 
@@ -27,6 +29,18 @@ def test_a_torn_last_line_of_the_journal_is_left_out(store: JobStore):
     with open(store.directory / "journal.jsonl", "ab") as journal:
         journal.write(b'{"event": "rou')
     assert [entry["event"] for entry in store.entries()] == ["created", "round"]
+
+
+def test_a_complete_round_is_found_in_the_journal(store: JobStore):
+    done = Round(12, JobSpec("job", "fedavg", 2), Hierarchy(1), opened=0.0)
+    done.accept("a", 0, 0, num_samples=1.5, started=1.0)
+    done.accept('b"round":1,', 1, 0, num_samples=2.0, started=2.0)
+    done.complete(now=4.0)
+    store.append_round(done)
+    found = store.find_round(12)
+    assert found is not None
+    assert (found.status, found.accepted, found.weight, found.act) == ("complete", 2, 3.5, 3.0)
+    assert store.find_round(1) is None
 
 
 def test_a_journal_without_a_job_is_said_to_be_so(store: JobStore):

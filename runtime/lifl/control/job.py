@@ -20,6 +20,9 @@ from lifl.slot import PAGE, PoolGeometry, slot_reference
 MODEL_SLOTS: Final = 4
 """Global models kept in shared memory, in turn, so that slow readers of an old one do not hold up a round."""
 
+_HISTORY_ROUNDS: Final = 1000
+"""Complete rounds of a job that are kept in memory."""
+
 _MEMORY_SHARE: Final = 0.25
 """Share of the available memory that the update slots of one job may take by default."""
 
@@ -69,6 +72,7 @@ class Job:
     round: Round | None = None
     last: RoundState | None = None
     history: dict[int, RoundState] = field(default_factory=dict)
+    """The newest complete rounds of this life of the coordinator, oldest first; the journal has all."""
     model_round: int = 0
     checkpointed_round: int = 0
     workers: dict[int, WorkerRecord] = field(default_factory=dict)
@@ -159,6 +163,15 @@ class Job:
         if slots < gateways:
             raise Refused(422, "too few slots", f"{slots} slots for {gateways} gateways; each needs one")
         return slots
+
+    # --- what was ----------------------------------------------------------------------------------------
+
+    def remember(self, complete: RoundState) -> None:
+        """Take a complete round into the history, which keeps the newest ones."""
+        self.last = complete
+        self.history[complete.round] = complete
+        if len(self.history) > _HISTORY_ROUNDS:
+            del self.history[next(iter(self.history))]
 
     # --- what others see ---------------------------------------------------------------------------------
 

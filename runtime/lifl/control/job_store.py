@@ -13,15 +13,15 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from lifl.control.round import Round
 from lifl.errors import LiflError
-from lifl.messages import JobSpec
+from lifl.messages import JobSpec, RoundState
 
 _CHECKPOINT: Final = re.compile(r"round-(\d{8})\.safetensors")
 JOB_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
@@ -72,6 +72,22 @@ class JobStore:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def append_round(self, round_: Round) -> None:
+        """Note a complete round: which clients took part, and with what weight."""
+        clients = {update.client: update.num_samples for update in round_.updates.values()}
+        self.append({"event": "round", "round": round_.number, "clients": clients, "act": round_.act})
+
+    def find_round(self, number: int) -> RoundState | None:
+        """A complete round as far as the journal tells: what it does not name (late, leaves...) is 0."""
+        found = None
+        # Journals get long: only lines that may be the one are parsed.
+        mark = f'"round":{number},'.encode()
+        with open(self._journal, "rb") as journal:
+            for line in journal:
+                if mark in line and (state := _complete_round(line)) is not None and state.round == number:
+                    found = state
+        return found
 
     def entries(self) -> list[dict[str, Any]]:
         """All whole lines of the journal; a torn last line (the power went) is left out."""
@@ -137,13 +153,34 @@ class JobStore:
         for path in self._checkpoints.glob("*.partial"):
             path.unlink(missing_ok=True)
 
-    def destroy(self) -> None:
-        """Delete the directory with everything in it."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def _sync_directory(self) -> None:
         fd = os.open(self._checkpoints, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _complete_round(line: bytes) -> RoundState | None:
+    """The round that a line of the journal tells of; None for any other line, and for a torn one."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if entry.get("event") != "round":
+        return None
+    clients = entry["clients"]
+    return RoundState(
+        round=entry["round"],
+        status="complete",
+        accepted=len(clients),
+        folded=len(clients),
+        rejected=0,
+        late=0,
+        duplicates=0,
+        weight=sum(clients.values()),
+        act=entry["act"],
+        leaves=0,
+        started=0,
+        reused=0,
+    )

@@ -1,0 +1,148 @@
+"""`make bench`: every figure that LIFL promises on one node, against its goal, in one table.
+
+    python bench/run.py                        # all, about five minutes
+    python bench/run.py --only fold --only round
+    python bench/run.py -o json > figures.json
+
+Each row comes from the benchmark of the same name in this directory; run that one for details and its options.
+Ratios compare with a bound measured in the same run. Absolute figures are of this machine and of this hour.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+DIRECTORY = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure with its goal: at most, or at least, so much."""
+
+    benchmark: str
+    name: str
+    measured: float
+    goal: float
+    at_most: bool
+    unit: str = ""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the goal is reached."""
+        return self.measured <= self.goal if self.at_most else self.measured >= self.goal
+
+
+def fold_figures(data: dict[str, Any]) -> Iterator[Figure]:
+    """Weighted sums against the read limit."""
+    goals = {2: 0.6, 4: 0.75, 8: 0.9, 16: 0.9}
+    for row in data["rows"]:
+        if row["what"] == "weighted_sum" and row["dtype"] == "F32":
+            name = f"{row['model']}, K = {row['updates']}, of the read limit"
+            yield Figure("fold", name, row["ratio"], goals[row["updates"]], at_most=False)
+
+
+def round_figures(data: dict[str, Any]) -> Iterator[Figure]:
+    """A round of 16 ResNet-18 updates against raw transfer plus reading."""
+    yield Figure("round", "ACT of the bound", statistics.median(data["ratios"]["wall"]), 1.3, at_most=True)
+    yield Figure("round", "CPU of the bound", statistics.median(data["ratios"]["cpu"]), 1.3, at_most=True)
+
+
+def start_figures(data: dict[str, Any]) -> Iterator[Figure]:
+    """Cold start of a worker."""
+    times = {name: statistics.median(values) for name, values in data["ms"].items()}
+    yield Figure("start", "to the first Python line", times["first line"], 6, at_most=True, unit="ms")
+    yield Figure("start", "to 4 updates folded", times["4 folded"], 50, at_most=True, unit="ms")
+
+
+def idle_figures(data: dict[str, Any]) -> Iterator[Figure]:
+    """A deployed function without traffic."""
+    yield Figure("idle", f"CPU in {data['seconds']:g} s", data["cpu_seconds"], 0.1, at_most=True, unit="s")
+    memory = data["shared_bytes_idle"] / 1e6
+    yield Figure("idle", "memory of the pools", memory, 1.0, at_most=True, unit="MB")
+
+
+def ingest_figures(data: dict[str, Any]) -> Iterator[Figure]:
+    """HTTP body to slot against a raw receive loop."""
+    for row in data["rows"]:
+        yield Figure(
+            "ingest", f"{row['concurrent']} at once, of raw recv_into", row["ratio"], 0.85, at_most=False
+        )
+
+
+def hop_figures(data: dict[str, Any]) -> Iterator[Figure]:
+    """A descriptor between two workers against a bare SK_MSG ping-pong."""
+    yield Figure("hop", "round trip of a bare one", data["ratio"], 1.2, at_most=True)
+
+
+BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], Iterator[Figure]]]] = {
+    "fold": ([], fold_figures),
+    "ingest": ([], ingest_figures),
+    "hop": ([], hop_figures),
+    "start": ([], start_figures),
+    "round": ([], round_figures),
+    "idle": ([], idle_figures),
+}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"
+    )
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "kernel": platform.release()}
+
+
+@click.command(help=__doc__)
+@click.option("--only", multiple=True, type=click.Choice(list(BENCHMARKS)), help="Only these benchmarks.")
+@click.option("-o", "--output", type=click.Choice(["human", "json"]), default="human")
+def main(only: tuple[str, ...], output: str) -> None:
+    figures: list[Figure] = []
+    raw: dict[str, Any] = {}
+    names = [name for name in BENCHMARKS if not only or name in only]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
+            arguments, extract = BENCHMARKS[name]
+            progress.update(task, description=name)
+            command = [sys.executable, str(DIRECTORY / f"{name}.py"), *arguments, "-o", "json"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=900)
+            if done.returncode:
+                raise click.ClickException(f"bench/{name}.py failed; run it alone to see why")
+            raw[name] = json.loads(done.stdout)
+            figures += extract(raw[name])
+            progress.advance(task)
+    if output == "json":
+        print(json.dumps({"machine": machine(), "figures": [asdict(figure) for figure in figures], "raw": raw}))
+        return
+    facts = machine()
+    table = Table(title=f"{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}", width=78)
+    for heading in ("benchmark", "figure", "measured", "goal", ""):
+        table.add_column(heading, justify="right" if heading in ("measured", "goal") else "left")
+    for figure in figures:
+        sign = "<=" if figure.at_most else ">="
+        table.add_row(
+            figure.benchmark,
+            figure.name,
+            f"{figure.measured:.3g} {figure.unit}".strip(),
+            f"{sign} {figure.goal:g} {figure.unit}".strip(),
+            "met" if figure.is_met else "MISSED",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Answers to what gateways ask: whether an update counts, where a model is, how jobs stand."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lifl.control.background import Continuation
+from lifl.control.context import Context
+from lifl.control.gateway_connections import GatewayConnection
+from lifl.control.idleness import Idleness
+from lifl.control.job import Job
+from lifl.control.job_store import JOB_NAME, JobStore
+from lifl.control.model_keeper import ModelKeeper
+from lifl.control.round import Round
+from lifl.control.rounds import Rounds
+from lifl.control.workforce import Workforce
+from lifl.control_channel import close_fds
+from lifl.errors import LiflError, Refused
+from lifl.messages import (
+    Acknowledged,
+    AcquireModel,
+    Admit,
+    BusySlots,
+    Commit,
+    CreateJob,
+    DeleteJob,
+    DescribeJob,
+    DescribeNodes,
+    DescribeRound,
+    Done,
+    InstallModel,
+    Jobs,
+    JobSpec,
+    JobState,
+    ListJobs,
+    Message,
+    ModelSource,
+    Nodes,
+    NodeState,
+    Problem,
+    ReturnModel,
+    Slots,
+    Subscribe,
+    ToCoordinator,
+    Verdict,
+)
+from lifl.slot import split_slot_reference
+
+
+class GatewayRequests:
+    """Answers requests; `hear_news` handles everything that agent and workers have reported so far."""
+
+    def __init__(
+        self,
+        context: Context,
+        workforce: Workforce,
+        models: ModelKeeper,
+        rounds: Rounds,
+        idleness: Idleness,
+        hear_news: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._workforce = workforce
+        self._models = models
+        self._rounds = rounds
+        self._idleness = idleness
+        self._hear_news = hear_news
+
+    def answer(self, connection: GatewayConnection, request: ToCoordinator) -> Message | None:
+        """Answer a request; None when the answer comes later. Raises `Refused`."""
+        match request:
+            case Admit():
+                return self._admit(request)
+            case Commit():
+                return self._commit(request)
+            case AcquireModel():
+                return self._acquire_model(connection, request)
+            case ReturnModel():
+                return self._return_model(connection, request)
+            case BusySlots():
+                return self._busy_slots(request.seat)
+            case CreateJob():
+                return self._create_job(request.spec)
+            case InstallModel():
+                self._install_model(connection, request)
+                return None
+            case DescribeJob():
+                return self._find(request.job).state(self._context.data_plane)
+            case DescribeRound():
+                return self._describe_round(connection, request)
+            case ListJobs():
+                return Jobs(tuple(job.state(self._context.data_plane) for job in self._context.jobs.values()))
+            case DeleteJob():
+                return self._delete(request.job)
+            case DescribeNodes():
+                self._context.agent.get_traffic(partial(self._answer_nodes, connection))
+                return None
+            case Subscribe():
+                self._subscribe(connection)
+                return None
+
+    def connection_ended(self, connection: GatewayConnection) -> None:
+        """Take back what was lent over a connection."""
+        self._context.subscribers.discard(connection)
+        for lease, name in connection.leases.items():
+            if name in self._context.jobs:
+                self._models.give_back(self._context.jobs[name], lease)
+
+    def _find(self, name: str) -> Job:
+        job = self._context.jobs.get(name)
+        if job is None:
+            raise Refused(404, "no such job", f"there is no job {name!r} here; POST /v1/jobs makes one")
+        return job
+
+    # --- updates -------------------------------------------------------------------------------------------
+
+    def _find_open_round(self, name: str) -> tuple[Job, Round]:
+        job = self._find(name)
+        if job.status == "waiting-for-model":
+            raise Refused(
+                409, "no model yet", f"job {name!r} has no initial model; PUT /v1/jobs/{name}/model first"
+            )
+        if job.status != "running" or job.round is None:
+            raise Refused(409, f"job is {job.status}", job.detail or f"job {name!r} takes no more updates")
+        return job, job.round
+
+    @staticmethod
+    def _judge(round_: Round, number: int, client: str) -> Verdict | None:
+        """The verdict on an update that is not to be taken; None when it is."""
+        if number > round_.number:
+            return Verdict("early", round_.number)
+        if number < round_.number:
+            round_.late += 1
+            return Verdict("late", round_.number)
+        admission = round_.admit(client)
+        if admission == "open":
+            return None
+        return Verdict(admission, round_.number + (admission == "late"))
+
+    def _admit(self, request: Admit) -> Verdict:
+        job, round_ = self._find_open_round(request.job)
+        verdict = self._judge(round_, request.round, request.client)
+        if verdict is None:
+            self._idleness.wake(job)
+            return Verdict("open", round_.number)
+        return verdict
+
+    def _commit(self, request: Commit) -> Verdict:
+        job, round_ = self._find_open_round(request.job)
+        verdict = self._judge(round_, request.round, request.client)
+        if verdict is not None:
+            return verdict
+        pool, _ = split_slot_reference(request.slot)
+        if job.pools is None or pool != job.pools.updates.pool or request.slot in round_.in_slot:
+            raise Refused(500, "not a slot of this job", f"slot {request.slot:#x}")
+        update = round_.accept(
+            request.client, request.slot, request.generation, request.num_samples, request.started
+        )
+        job.last_activity = time.monotonic()
+        record = job.workers.get(update.aggregator)
+        if record is None:
+            self._workforce.start_missing(job)
+        self._rounds.close_if_possible(job)
+        # A worker that is not assigned yet gets the descriptor from us with its assignment.
+        destination = record.endpoint if record is not None and record.assigned else 0
+        return Verdict("accepted", round_.number, destination)
+
+    def _busy_slots(self, seat: int) -> Slots:
+        # A RELEASE that found no gateway is made up for by this answer only if all news were heard before.
+        self._hear_news()
+        keys = [
+            (slot, update.generation)
+            for job in self._context.jobs.values()
+            if job.round is not None
+            for slot, update in job.round.in_slot.items()
+            if self._context.seat_of(slot) == seat
+        ]
+        return Slots(tuple(keys))
+
+    # --- models --------------------------------------------------------------------------------------------
+
+    def _install_model(self, connection: GatewayConnection, request: InstallModel) -> None:
+        job = self._find(request.job)
+        incoming = (self._context.state_directory / "incoming").resolve()
+        path = Path(request.path).resolve()
+        if path.parent != incoming:
+            raise Refused(400, "not an upload", f"{path.name} is not in the directory of uploads")
+        if job.status != "waiting-for-model" or job.installing:
+            path.unlink(missing_ok=True)
+            raise Refused(
+                409, "the job has a model", "a job's initial model is set once; start another job instead"
+            )
+        job.store.adopt_model(path, 1)
+        self._rounds.start(job, 1, partial(self._installed, connection, job))
+
+    def _installed(self, connection: GatewayConnection, job: Job, problem: Problem | None) -> None:
+        if problem is None:
+            job.store.append({"event": "model", "round": 1})
+            connection.answer(job.state(self._context.data_plane))
+            return
+        job.store.checkpoint_path(1).unlink(missing_ok=True)
+        job.layout = None
+        connection.answer(problem)
+
+    def _acquire_model(self, connection: GatewayConnection, request: AcquireModel) -> ModelSource:
+        source = self._models.source(self._find(request.job), request.round)
+        if source.lease:
+            connection.leases[source.lease] = request.job
+        return source
+
+    def _return_model(self, connection: GatewayConnection, request: ReturnModel) -> Acknowledged:
+        name = connection.leases.pop(request.lease, "")
+        if name in self._context.jobs:
+            self._models.give_back(self._context.jobs[name], request.lease)
+        return Acknowledged()
+
+    # --- jobs ----------------------------------------------------------------------------------------------
+
+    def _create_job(self, spec: JobSpec) -> JobState:
+        existing = self._context.jobs.get(spec.name)
+        if existing is not None:
+            if existing.spec == spec:
+                return existing.state(self._context.data_plane)
+            raise Refused(
+                409, "name taken", f"another job is called {spec.name!r}; DELETE it or choose another name"
+            )
+        check_spec(spec)
+        zygote = self._workforce.zygote(spec.function)
+        if zygote is not None and zygote.failure:
+            raise Refused(422, "the function cannot be used", zygote.failure)
+        job = Job(spec, JobStore.of(self._context.state_directory, spec.name))
+        job.store.create(spec)
+        self._context.jobs[spec.name] = job
+        self._workforce.need_function(spec.function)
+        self._context.publish(job)
+        return job.state(self._context.data_plane)
+
+    def _delete(self, name: str) -> Acknowledged:
+        job = self._find(name)
+        job.status = "deleted"
+        del self._context.jobs[name]
+        self._workforce.stop(job)
+        if not job.installing:
+            self._models.finish_if_complete(job)
+        # Whatever of its checkpoints is still to be written goes to the directory under the old name first.
+        self._context.background.put(partial(_retire, job))
+        self._context.publish(job)
+        return Acknowledged()
+
+    # --- what there is -------------------------------------------------------------------------------------
+
+    def _describe_round(self, connection: GatewayConnection, request: DescribeRound) -> Message | None:
+        """From memory; from the journal in the background when it is of an earlier life of the coordinator."""
+        job = self._find(request.job)
+        if job.round is not None and job.round.number == request.round:
+            return job.round.state()
+        state = job.history.get(request.round)
+        if state is None and 0 < request.round < job.model_round:
+            self._context.background.put(partial(_look_up_round, connection, job, request.round))
+            return None
+        return state or _unknown_round(job, request.round)
+
+    def _subscribe(self, connection: GatewayConnection) -> None:
+        self._context.subscribers.add(connection)
+        for job in self._context.jobs.values():
+            connection.answer(job.state(self._context.data_plane))
+
+    def _answer_nodes(self, connection: GatewayConnection, done: Done, fds: list[int]) -> None:
+        close_fds(fds)
+        context = self._context
+        pools = [job.pools for job in context.jobs.values() if job.pools is not None]
+        node = NodeState(
+            name=socket.gethostname(),
+            cores=context.cores,
+            data_plane=context.data_plane,
+            gateways=len(context.gateways),
+            workers=self._workforce.size,
+            pool_bytes=sum(pair.updates.geometry.size + pair.aggregates.geometry.size for pair in pools),
+            zygotes=self._workforce.functions,
+            traffic=done.traffic,
+        )
+        connection.answer(Nodes((node,)))
+
+
+# --- in the background thread ----------------------------------------------------------------------------------
+
+
+def _retire(job: Job) -> Continuation:
+    job.store.retire()
+    return lambda: None
+
+
+def _look_up_round(connection: GatewayConnection, job: Job, number: int) -> Continuation:
+    try:
+        state = job.store.find_round(number)
+    except (OSError, LiflError):  # deleted meanwhile
+        state = None
+    return partial(connection.answer, state or _unknown_round(job, number))
+
+
+def _unknown_round(job: Job, number: int) -> Problem:
+    return Problem(404, "no such round", f"round {number} of job {job.spec.name!r} is not known here")
+
+
+# --- what a job may be -----------------------------------------------------------------------------------------
+
+
+def check_spec(spec: JobSpec) -> None:
+    """Raise `Refused` 422, naming everything that is wrong, for a job that cannot be."""
+    problems = []
+    if not JOB_NAME.fullmatch(spec.name):
+        problems.append(
+            "name: lower-case letters, digits, '-' and '.', at most 63, beginning and ending with no mark"
+        )
+    if not 1 <= spec.goal <= 1_000_000:
+        problems.append("goal: from 1 to 1,000,000 updates")
+    if not 0 <= spec.quorum <= spec.goal:
+        problems.append("quorum: from 0 (the goal) to the goal")
+    if spec.quorum and not spec.deadline:
+        problems.append("quorum: needs a deadline, after which it suffices")
+    if not 0 <= spec.deadline <= 30 * 86_400:
+        problems.append("deadline: seconds, from 0 (none) to 30 days")
+    if not 0 <= spec.rounds <= 0xFFFF_FFFF:
+        problems.append("rounds: 0 (no end) or more")
+    if spec.updates_per_leaf < 1:
+        problems.append("updates_per_leaf: at least 1")
+    if not 0 <= spec.slots <= 1 << 20:
+        problems.append("slots: from 0 (chosen by the platform) to 1,048,576")
+    if not 0.1 <= spec.idle_seconds <= 86_400:
+        problems.append("idle_seconds: from 0.1 to 86,400")
+    if spec.keep_checkpoints < 0:
+        problems.append("keep_checkpoints: 0 (all) or more")
+    if not JOB_NAME.fullmatch(spec.function.replace("_", "-")):
+        problems.append("function: the name of a function of the project")
+    if problems:
+        raise Refused(422, "invalid job", "; ".join(problems))

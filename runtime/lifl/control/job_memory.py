@@ -1,0 +1,197 @@
+"""The memory of a job on its node: making the two pools, loading a model into them, dropping them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from lifl.control.background import Continuation
+from lifl.control.context import Context
+from lifl.control.job import MODEL_SLOTS, Job, Pools
+from lifl.control.workforce import Workforce
+from lifl.control_channel import close_fds
+from lifl.errors import InvalidModel, Refused
+from lifl.messages import Done, PoolInfo, PoolKind, Problem
+from lifl.model_layout import parse_header
+from lifl.pool import MappedPool
+
+_HEADER_LIMIT: Final = 100_000_000
+
+Outcome = Callable[[Problem | None], None]
+"""Called at the end of an installation with what went wrong, None when it is done."""
+
+
+@dataclass
+class _Installation:
+    """A job that is being given its memory, with the model that starts round `round_number`."""
+
+    job: Job
+    round_number: int
+    then: Outcome
+    received: dict[PoolKind, int] = field(default_factory=dict)
+    """File descriptors of the pools that are made already."""
+
+
+class JobMemory:
+    """Gives jobs their pools and takes them away."""
+
+    def __init__(self, context: Context, workforce: Workforce) -> None:
+        self._context = context
+        self._workforce = workforce
+        self._next_pool = 0
+
+    def install(self, job: Job, round_number: int, then: Outcome) -> None:
+        """Give the job its pools with the model that starts `round_number`, which is on disk.
+
+        Waits for the job's zygote, which knows what the function needs. `then` is not called for a job that is
+        deleted meanwhile.
+        """
+        job.installing = True
+        zygote = self._workforce.zygote(job.spec.function)
+        if zygote is None:
+            self._workforce.when_ready(job.spec.function, partial(self.install, job, round_number, then))
+            return
+        if zygote.failure:
+            job.installing = False
+            then(Problem(422, "the function cannot be used", zygote.failure))
+            return
+        job.gather, job.state_arrays = zygote.gather, zygote.state_arrays
+        try:
+            read_layout(job, round_number)
+            updates, aggregates = job.pool_infos(
+                self._new_pool_ids(), self._context.cores, self._context.gateway_seats
+            )
+        except Refused as error:
+            job.installing = False
+            then(Problem(error.status, error.title, error.detail))
+            return
+        installation = _Installation(job, round_number, then)
+        for info in (aggregates, updates):
+            made = partial(self._pool_made, installation, updates, aggregates, info)
+            self._context.agent.create_pool(info, None, made)
+
+    def _new_pool_ids(self) -> int:
+        """The first of two ids that were never used."""
+        number = self._next_pool
+        self._next_pool += 2
+        return number
+
+    def _pool_made(
+        self,
+        installation: _Installation,
+        updates: PoolInfo,
+        aggregates: PoolInfo,
+        made: PoolInfo,
+        done: Done,
+        fds: list[int],
+    ) -> None:
+        job, received = installation.job, installation.received
+        if done.error or not fds:
+            close_fds([*fds, *received.values()])
+            received.clear()
+            if job.installing:
+                job.installing = False
+                installation.then(Problem(507, "no memory for the job's pool", done.error))
+            return
+        if not job.installing:  # the other pool could not be made
+            close_fds(fds)
+            self._context.agent.drop_pool(made.pool)
+            return
+        received[made.kind] = fds[0]
+        if len(received) == 2:
+            memory = MappedPool(aggregates, received["aggregates"], writable=True, keep_fd=True)
+            job.pools = Pools(updates, aggregates, received["updates"], memory)
+            self._context.background.put(partial(self._fill, installation))
+
+    def _fill(self, installation: _Installation) -> Continuation:
+        """In the background thread: load the model, which may be large."""
+        load_model(installation.job, installation.round_number)
+        return partial(self._filled, installation)
+
+    def _filled(self, installation: _Installation) -> None:
+        job = installation.job
+        job.installing = False
+        if job.status == "deleted":
+            self.drop(job)
+            return
+        job.model_round = job.checkpointed_round = installation.round_number
+        installation.then(None)
+
+    def hand_to_agent(self, job: Job) -> None:
+        """Have a new agent adopt the memory that the job has."""
+        if job.pools is not None:
+            create = self._context.agent.create_pool
+            create(job.pools.updates, job.pools.updates_fd, _close_answer)
+            create(job.pools.aggregates, job.pools.memory.fd, _close_answer)
+
+    def give_back(self, job: Job) -> None:
+        """Give the pages to the kernel and keep the pools; `bring_back` is needed before the next update."""
+        if job.pools is not None:
+            job.memory_given_back = True
+            self._context.agent.reclaim_pool(job.pools.updates.pool)
+            self._context.agent.reclaim_pool(job.pools.aggregates.pool)
+
+    def bring_back(self, job: Job) -> None:
+        """Load the newest model again if the pages were given back."""
+        if job.memory_given_back:
+            job.memory_given_back = False
+            load_model(job, job.model_round)
+
+    def drop(self, job: Job) -> None:
+        """Take the pools away, if the job has them."""
+        if job.pools is None:
+            return
+        self._context.agent.drop_pool(job.pools.updates.pool)
+        self._context.agent.drop_pool(job.pools.aggregates.pool)
+        job.pools.close()
+        job.pools = None
+
+
+def _close_answer(done: Done, fds: list[int]) -> None:
+    close_fds(fds)  # the memory that the agent adopted is ours already
+
+
+def read_layout(job: Job, round_number: int) -> None:
+    """Learn the job's tensors from a checkpoint. Raises `Refused` 422 when it is no model."""
+    path = job.store.checkpoint_path(round_number)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_LIMIT:
+            raise Refused(422, "not a model", f"{path.name}: header of {length} bytes")
+        header = file.read(length)
+        payload = os.fstat(file.fileno()).st_size - 8 - length
+    try:
+        job.layout = parse_header(header, payload)
+    except InvalidModel as error:
+        raise Refused(422, "not a model", str(error)) from error
+
+
+def load_model(job: Job, round_number: int) -> None:
+    """Put header, model and optimiser state of a round from the disk into the pool."""
+    assert job.pools is not None
+    assert job.layout is not None
+    memory = job.pools.memory
+    header = job.layout.header
+    for slot in range(MODEL_SLOTS):
+        memory.layout(slot)[: len(header)] = header
+    model = memory.payload(job.model_slot(round_number), job.layout.payload_bytes)
+    with open(job.store.checkpoint_path(round_number), "rb", buffering=0) as file:
+        file.seek(8 + len(header))
+        _read_whole(file, model)
+    path = job.store.state_path(round_number)
+    if job.state_arrays and path.exists():
+        with open(path, "rb", buffering=0) as file:
+            for array in range(job.state_arrays):
+                _read_whole(file, memory.payload(job.state_slot(array, round_number)))
+
+
+def _read_whole(file: io.FileIO, view: memoryview) -> None:
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{file.name!r}: shorter than it should be")
+        view = view[count:]

@@ -1,0 +1,122 @@
+"""The rounds of jobs: opened, closed when they have what they need, complete when the model is there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+
+from lifl.control.context import Context
+from lifl.control.hierarchy import plan_hierarchy
+from lifl.control.job import Job, WorkerRecord
+from lifl.control.job_memory import JobMemory, Outcome
+from lifl.control.model_keeper import ModelKeeper
+from lifl.control.round import Round
+from lifl.control.workforce import Workforce
+from lifl.descriptor import Descriptor, Kind
+from lifl.messages import Problem
+from lifl.slot import split_slot_reference
+
+log = logging.getLogger("lifl.coordinator")
+
+
+class Rounds:
+    """Takes the jobs from one round to the next."""
+
+    def __init__(self, context: Context, workforce: Workforce, memory: JobMemory, models: ModelKeeper) -> None:
+        self._context = context
+        self._workforce = workforce
+        self._memory = memory
+        self._models = models
+
+    # --- opening -------------------------------------------------------------------------------------------
+
+    def start(self, job: Job, round_number: int, then: Outcome) -> None:
+        """Give a job its memory and open its first round, or the one that a restart finds."""
+        self._memory.install(job, round_number, partial(self._installed, job, round_number, then))
+
+    def _installed(self, job: Job, round_number: int, then: Outcome, problem: Problem | None) -> None:
+        if problem is None:
+            job.status = "running"
+            self._open(job, round_number)
+            job.last_activity = time.monotonic()
+            self._context.publish(job)
+        then(problem)
+
+    def _open(self, job: Job, number: int) -> None:
+        pending = job.pending_estimate.observe(job.spec.goal)
+        plan = plan_hierarchy(pending, job.spec.updates_per_leaf, self._context.cores, gather=job.gather)
+        job.round = Round(number, job.spec, plan, time.monotonic())
+        self._workforce.begin_round(job)
+
+    # --- closing -------------------------------------------------------------------------------------------
+
+    def close_if_possible(self, job: Job) -> None:
+        """Close the open round if it has its goal, or its quorum after the deadline."""
+        assert job.round is not None
+        if job.round.try_close(time.monotonic()):
+            self._workforce.close_round(job)
+
+    def process_descriptors(self) -> None:
+        """Take account of everything that workers have reported."""
+        for message in self._context.endpoint.receive():
+            job, record = self._workforce.find(message.source) or (None, None)
+            if job is None or record is None or job.round is None:
+                continue
+            if message.round != job.round.number & 0xFFFF:
+                continue
+            if message.kind == Kind.FOLDED:
+                self._on_folded(job, job.round, message)
+            elif message.kind == Kind.REJECTED:
+                self._on_rejected(job, job.round, message)
+            elif message.kind == Kind.MODEL:
+                self._on_model(job, job.round, record, message)
+
+    def _on_folded(self, job: Job, round_: Round, message: Descriptor) -> None:
+        """An input is part of a sealed accumulator: a partial aggregate, or an update, whose slot is free now."""
+        assert job.pools is not None
+        pool, index = split_slot_reference(message.slot)
+        if pool == job.pools.aggregates.pool:
+            place = job.place_of_accumulator(index)
+            if 0 <= place < len(round_.aggregators):
+                round_.aggregators[place].delivered = True
+        elif round_.mark_folded(message.slot, message.generation) is not None:
+            self._context.release(message.slot, message.generation, round_.number)
+
+    def _on_rejected(self, job: Job, round_: Round, message: Descriptor) -> None:
+        update = round_.mark_rejected(message.slot, message.generation)
+        if update is None:
+            return
+        log.warning("job %s round %d: update of %s is not finite", job.spec.name, round_.number, update.client)
+        self._context.release(message.slot, message.generation, round_.number)
+        # After the deadline the quorum may be reached without this update.
+        self.close_if_possible(job)
+        self._context.publish(job)
+
+    def _on_model(self, job: Job, round_: Round, record: WorkerRecord, message: Descriptor) -> None:
+        expected = job.model_slot_reference(round_.number + 1)
+        if round_.status != "closing" or record.place != round_.top.index or message.slot != expected:
+            return
+        if job.gather:
+            # Gathered updates stay in their slots until there is a model, so that nothing is lost before.
+            for update in list(round_.in_slot.values()):
+                round_.mark_folded(update.slot, update.generation)
+                self._context.release(update.slot, update.generation, round_.number)
+        elif round_.folded != round_.accepted:
+            return
+        round_.complete(time.monotonic())
+        self._models.keep(job, round_, partial(self._offer, job, round_))
+
+    def _offer(self, job: Job, round_: Round) -> None:
+        """Make the model of a complete round public and open the next round, if there is one."""
+        following = round_.number + 1
+        job.model_round = following
+        roles = round_.hierarchy.leaves + 1
+        round_.reused = max(0, roles - round_.started)
+        job.remember(round_.state())
+        if job.spec.rounds and round_.number >= job.spec.rounds:
+            job.status = "complete"
+            self._workforce.stop(job)
+        else:
+            self._open(job, following)
+        self._context.publish(job)
