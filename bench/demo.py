@@ -236,7 +236,7 @@ def largest_error(result: Flat, flats: list[Flat], samples: list[int]) -> float:
 
 def training_table(report: Report) -> Table:
     """One row for each round, 80 columns at most."""
-    title = f"Federated training, {report.clients} clients; ACT includes the wait for the slowest"
+    title = f"Federated training, {report.clients} clients (ACT waits for the slowest)"
     table = Table(title=title, title_justify="left", box=None)
     for column in ("ROUND", "ACCURACY", "ACT ms", "CPU s", "STARTED/REUSED"):
         table.add_column(column, justify="right")

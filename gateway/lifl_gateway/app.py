@@ -22,7 +22,6 @@ from lifl.messages import (
     DescribeNodes,
     DescribeRound,
     Jobs,
-    JobSpec,
     JobState,
     ListJobs,
     Nodes,
@@ -33,6 +32,7 @@ from lifl_gateway import metrics as metrics_module
 from lifl_gateway.coordinator_client import CoordinatorClient, JobBoard
 from lifl_gateway.event import MAX_ROUND, PAYLOAD_TYPES
 from lifl_gateway.ingest import Ingest
+from lifl_gateway.job_spec import decode_job_spec
 from lifl_gateway.metrics import Metrics
 from lifl_gateway.model_responses import LONGEST_WAIT_SECONDS, ModelResponses
 from lifl_gateway.model_upload import ModelUpload
@@ -121,6 +121,7 @@ class _Views:
     def get_model(self, job: str) -> Response:
         """Send a global model."""
         self._identify()
+        _check_parameters("round", "after", "wait")
         round_number = _integer("round", 1)
         after = _integer("after", 0)
         wait = _seconds("wait")
@@ -156,7 +157,7 @@ class _Views:
         body = _body()
         if body.remaining > _MOST_JSON_BYTES:
             raise Refused(413, "Content Too Large", f"at most {_MOST_JSON_BYTES} bytes of JSON")
-        spec = _decode_spec(body.read())
+        spec = decode_job_spec(body.read())
         state = self._parts.coordinator.ask(CreateJob(spec), JobState)
         return _json(_shown(state), 201, {"Location": f"/v1/jobs/{spec.name}"})
 
@@ -257,13 +258,11 @@ def _require_length() -> None:
         raise Refused(411, "Length Required", "send Content-Length")
 
 
-def _decode_spec(data: bytes) -> JobSpec:
-    try:
-        return msgspec.json.decode(data, type=JobSpec)
-    except msgspec.ValidationError as error:
-        raise Refused(422, "Invalid job", str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(400, "Bad Request", f"the body is not JSON: {error}") from None
+def _check_parameters(*known: str) -> None:
+    """Refuse query parameters that mean nothing here: a misspelt one would be ignored in silence."""
+    unknown = [name for name in request.args if name not in known]
+    if unknown:
+        raise Refused(400, "Bad Request", f"unknown query parameters; known are {', '.join(known)}")
 
 
 def _integer(name: str, least: int) -> int | None:

@@ -8,8 +8,8 @@ import msgspec
 from lifl.messages import JobSpec, JobState, NodeState, RoundState
 
 from lifl_gateway.event import EVENT_TYPE, MAX_ROUND, MAX_SAMPLES, STRUCTURED_TYPE
+from lifl_gateway.job_spec import JOB_NAME, LIMITS
 
-_JOB_NAME: Final = r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$"
 _PROBLEM_TITLES: Final = {
     400: "The request is malformed",
     401: "No token, or an unknown one",
@@ -23,19 +23,6 @@ _PROBLEM_TITLES: Final = {
     422: "The content is understood and cannot be used",
     503: "Full, or a part of the node is away; Retry-After says when to ask again",
     507: "No room for the job on disk or in memory",
-}
-# Constraints that the types do not say.
-_JOB_SPEC_LIMITS: Final[dict[str, dict[str, Any]]] = {
-    "name": {"pattern": _JOB_NAME},
-    "function": {"pattern": r"^[a-z0-9]([-_a-z0-9.]{0,61}[a-z0-9])?$"},
-    "goal": {"minimum": 1, "maximum": 1_000_000},
-    "quorum": {"minimum": 0, "maximum": 1_000_000},
-    "deadline": {"minimum": 0, "maximum": 30 * 86_400},
-    "rounds": {"minimum": 0, "maximum": 0xFFFF_FFFF},
-    "updates_per_leaf": {"minimum": 1, "maximum": 2**63 - 1},
-    "slots": {"minimum": 0, "maximum": 1 << 20},
-    "keep_checkpoints": {"minimum": 0, "maximum": 2**63 - 1},
-    "idle_seconds": {"minimum": 0.1, "maximum": 86_400},
 }
 _HIDDEN: Final = ("type", "updates_pool", "aggregates_pool", "nonce")
 
@@ -67,7 +54,7 @@ def _schemas() -> dict[str, Any]:
             schema.get("properties", {}).pop(name, None)
             if name in schema.get("required", []):
                 schema["required"].remove(name)
-    for name, limits in _JOB_SPEC_LIMITS.items():
+    for name, limits in LIMITS.items():
         schemas["JobSpec"]["properties"][name].update(limits)
     schemas["Problem"] = {
         "type": "object",
@@ -90,7 +77,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _paths() -> dict[str, Any]:
-    job = _path_parameter("job", {"type": "string", "pattern": _JOB_NAME})
+    job = _path_parameter("job", {"type": "string", "pattern": JOB_NAME})
     number = _path_parameter("number", {"type": "integer", "minimum": 1, "maximum": MAX_ROUND})
     return {
         "/v1/jobs": {

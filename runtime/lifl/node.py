@@ -152,11 +152,11 @@ class Node:
         self._end_children(list(self._children))
         self._children.clear()
         self._ended.set()
-        with contextlib.suppress(OSError):
-            (self.options.state_directory / "run" / "node.json").unlink()
         if hasattr(self, "_runtime_directory"):
             shutil.rmtree(self._runtime_directory, ignore_errors=True)
-        if self._lock_fd >= 0:
+        if self._lock_fd >= 0:  # otherwise the state directory is another node's
+            with contextlib.suppress(OSError):
+                (self.options.state_directory / "run" / "node.json").unlink()
             os.close(self._lock_fd)
             self._lock_fd = -1
 
@@ -175,6 +175,8 @@ class Node:
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
             raise InvalidInput(
                 f"{directory} belongs to a node that is running; stop that one or choose another --state-directory"
             ) from None

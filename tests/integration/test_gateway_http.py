@@ -595,7 +595,18 @@ def test_a_long_poll_ends_in_time(node):
 
 @pytest.mark.parametrize(
     "query",
-    ["wait=61", "wait=-1", "wait=nan", "wait=x", "round=0", "round=x", "after=-1", "round=1&round=2", "round="],
+    [
+        "wait=61",
+        "wait=-1",
+        "wait=nan",
+        "wait=x",
+        "round=0",
+        "round=x",
+        "after=-1",
+        "round=1&round=2",
+        "round=",
+        "wiat=3",
+    ],
 )
 def test_a_bad_query_is_refused(node, query):
     assert problem_of(node.request("GET", f"{MODEL}?{query}"))["status"] == 400
@@ -640,12 +651,15 @@ def test_a_job_of_the_same_name_is_refused_only_if_it_differs(node):
         (b"", 400),
         (b"{", 400),
         (b"\xff", 400),
-        (b"[" * 50_000, 422),
+        (b"[" * 50_000, 400),
         (b"[]", 422),
         (b'{"name":"a"}', 422),
         (b'{"name":"a","function":"f","goal":"4"}', 422),
         (b'{"name":"a","function":"f","goal":4,"unknown":1}', 422),
         (b'{"name":"A","function":"f","goal":4}', 422),
+        (b'{"name":"a","function":"f","goal":0}', 422),
+        (b'{"name":"a","function":"f","goal":4.5}', 422),
+        (b'{"name":"a","function":"f","goal":4,"idle_seconds":1e300}', 422),
         (b" " * 70_000, 413),
     ],
 )

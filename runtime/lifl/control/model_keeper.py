@@ -1,7 +1,7 @@
 """The global models of jobs: who still reads one from memory (leases), and writing each to the disk.
 
-A model slot is used again after `MODEL_SLOTS` rounds. Whoever reads it holds a lease, and a round whose result goes
-to a slot that is lent waits for the lease to end.
+A model slot is used again after `MODEL_SLOTS` rounds. Whoever reads it holds a lease, and a round whose result
+goes to a slot that is lent waits for the lease to end.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class ModelKeeper:
         try:
             if checkpoint.state:
                 job.store.write(job.store.state_path(following), checkpoint.state)
-            parts = [len(header).to_bytes(8, "little"), header, model]
+            parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little"), header, model]
             job.store.write(job.store.checkpoint_path(following), parts)
             job.store.append_round(checkpoint.round_)
             job.store.prune(job.spec.keep_checkpoints)
