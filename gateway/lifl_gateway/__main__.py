@@ -18,6 +18,7 @@ from typing import Final
 from lifl.agent_client import join
 from lifl.errors import InvalidInput
 from lifl.messages import Hello
+from lifl.process import end_with_supervisor
 
 from lifl_gateway.gateway import Gateway, Options
 from lifl_gateway.node_link import REJOIN_SECONDS
@@ -30,6 +31,7 @@ _CANNOT_START: Final = 2
 
 def main() -> int:
     """Run the process; returns its exit status."""
+    end_with_supervisor()
     arguments = _parser().parse_args()
     logging.basicConfig(stream=sys.stderr, format="gateway: %(message)s", level=logging.WARNING)
     try:

@@ -46,6 +46,7 @@ from lifl.messages import (
     StopWorkers,
     ToAgent,
     Welcome,
+    WorkerEnded,
     WorkerSpec,
     endpoint_id,
 )
@@ -117,6 +118,12 @@ class Peer:
         return Left(self.endpoint, self.role, self.pid, hello.ticket, hello.seat, hello.function)
 
 
+class _Ticket(NamedTuple):
+    spec: WorkerSpec
+    zygote: int
+    """Endpoint of the zygote that was told to fork the worker."""
+
+
 class Agent:
     """Serves the processes of one node; owns `router`, `factory` and `listener`, and works inside `poller`."""
 
@@ -130,7 +137,8 @@ class Agent:
         self._peers: dict[int, Peer] = {}
         """Everyone admitted, by endpoint, in the order of joining."""
         self._coordinator: Peer | None = None
-        self._tickets: dict[str, WorkerSpec] = {}
+        self._tickets: dict[str, _Ticket] = {}
+        """Workers asked for that have not come yet."""
         self._pools: dict[int, PoolMemory] = {}
         self._numbers: dict[Role, int] = {}
         listener.setblocking(False)
@@ -192,7 +200,9 @@ class Agent:
                 if peer.endpoint:
                     raise ProtocolError("a second Hello")
                 self._hello(peer, message)
-            elif peer is self._coordinator:
+            elif isinstance(message, WorkerEnded) and peer.role == "zygote" and peer.endpoint:
+                self._cancel(message.ticket, peer.endpoint, message.pid)
+            elif not isinstance(message, WorkerEnded) and peer is self._coordinator:
                 self._request(peer, message, fds)
             else:
                 raise ProtocolError(f"{type(message).__name__} from who is not the coordinator")
@@ -217,6 +227,16 @@ class Agent:
             self._coordinator = None
         else:
             self._tell_left(peer.left())
+        if peer.role == "zygote":
+            for ticket in [ticket for ticket, held in self._tickets.items() if held.zygote == peer.endpoint]:
+                self._cancel(ticket, peer.endpoint, 0)
+
+    def _cancel(self, ticket: str, zygote: int, pid: int) -> None:
+        """Report a worker that will not come any more; one that has joined is reported when its connection ends."""
+        held = self._tickets.get(ticket)
+        if held is not None and held.zygote == zygote:
+            del self._tickets[ticket]
+            self._tell_left(Left(0, "worker", pid, ticket))
 
     # --- sending ---
 
@@ -291,13 +311,15 @@ class Agent:
             raise Unavailable(reason)
         peer.role = hello.role
         peer.hello = hello
-        peer.spec = self._tickets.pop(hello.ticket, None) if hello.role == "worker" else None
+        peer.spec = self._tickets.pop(hello.ticket).spec if hello.role == "worker" else None
         number = self._numbers.get(hello.role, 0)
         endpoint = endpoint_id(hello.role, number)
         try:
             sockets = None if hello.role == "zygote" else self._router.add_endpoint(endpoint)
         except OSError as error:
             self._refuse(peer, f"the data plane has no room: {error}")
+            if hello.role == "worker":
+                self._tell_left(Left(0, "worker", peer.pid, hello.ticket))
             raise Unavailable(str(error)) from error
         self._numbers[hello.role] = number + 1
         peer.endpoint = endpoint
@@ -440,8 +462,9 @@ class Agent:
         if len(self._tickets) + len(workers) > _MAX_TICKETS:
             raise LiflError(f"{len(self._tickets)} workers were asked for and have not come yet")
         for function, specs in groups.items():
-            self._tickets.update((spec.ticket, spec) for spec in specs)
-            self._send(zygotes[function], Fork(tuple(specs)))
+            zygote = zygotes[function]
+            self._tickets.update((spec.ticket, _Ticket(spec, zygote.endpoint)) for spec in specs)
+            self._send(zygote, Fork(tuple(specs)))
 
     def _stop_workers(self, endpoints: tuple[int, ...]) -> None:
         """End the connections of these workers, which makes them exit; who is asked a second time is killed.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final
 
 from lifl.errors import Refused
 from werkzeug.serving import WSGIRequestHandler
@@ -35,14 +35,6 @@ _LINGER_QUIET_SECONDS: Final = 1.0
 _LINGER_SECONDS: Final = 5.0
 # Answers that have no body, whatever their headers say (RFC 9110).
 _BODILESS: Final = frozenset({"204", "304"})
-
-
-@runtime_checkable
-class DirectBody(Protocol):
-    """A response body that sends itself, from a file or from shared memory, instead of being iterated."""
-
-    def send_to(self, sock: socket.socket) -> None:
-        """Send all of the body; the headers are out. Raises TooSlow or PeerGone."""
 
 
 class _Response:
@@ -220,9 +212,11 @@ class RequestHandler(WSGIRequestHandler):
     def _run(self, environ: WSGIEnvironment, response: _Response) -> None:
         body: Iterable[bytes] = self.server.app(environ, response.start)
         try:
-            if isinstance(body, DirectBody):
+            # A body may send itself, from a file or from shared memory, instead of being iterated.
+            send_to: Callable[[socket.socket], None] | None = getattr(body, "send_to", None)
+            if send_to:
                 self._send(response, b"")
-                body.send_to(self.connection)
+                send_to(self.connection)
             else:
                 for chunk in body:
                     self._send(response, chunk)

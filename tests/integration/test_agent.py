@@ -31,6 +31,7 @@ from lifl.messages import (
     ReclaimPool,
     StartWorkers,
     StopWorkers,
+    WorkerEnded,
 )
 from lifl.pool import MappedPool
 from lifl_ebpf.bpf_syscall import map_ids, program_ids
@@ -334,6 +335,29 @@ def test_a_worker_that_does_not_stop_is_killed_when_asked_again(agent: AgentProc
             request(coordinator, lambda number: StopWorkers(number, (endpoint,)))
         assert process.wait(PATIENCE) == -signal.SIGKILL
     assert left_endpoint(coordinator).endpoint == endpoint
+
+
+def test_a_worker_that_dies_on_its_way_is_reported_by_its_ticket(agent: AgentProcess) -> None:
+    coordinator, zygote, other = agent.coordinator(), agent.zygote(), agent.zygote("other")
+    spec, late = (ask_for_worker(coordinator, zygote) for _ in range(2))
+    other.channel.send(WorkerEnded(spec.ticket, 4711))  # not its worker
+    worker = agent.join(Hello("worker", ticket=late.ticket))
+    zygote.channel.send(WorkerEnded(late.ticket, os.getpid()))  # has joined: the end of its connection counts
+    zygote.channel.send(WorkerEnded(spec.ticket, 4712))
+    left = left_endpoint(coordinator)
+    assert (left.endpoint, left.role, left.pid, left.ticket) == (0, "worker", 4712, spec.ticket)
+    with pytest.raises(Refused, match="ticket"):
+        agent.join(Hello("worker", ticket=spec.ticket))
+    worker.close()
+    assert left_endpoint(coordinator).endpoint == worker.welcome.endpoint
+
+
+def test_workers_that_a_dead_zygote_owes_are_reported_after_it(agent: AgentProcess) -> None:
+    coordinator, zygote = agent.coordinator(), agent.zygote()
+    specs = [ask_for_worker(coordinator, zygote) for _ in range(2)]
+    zygote.close()
+    assert left_endpoint(coordinator).role == "zygote"
+    assert {left_endpoint(coordinator).ticket for _ in specs} == {spec.ticket for spec in specs}
 
 
 # --- pools -----------------------------------------------------------------------------------------------------
