@@ -17,16 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.processes import NodeProcess, _tree_of, limit_threads  # noqa: E402
+from bench.processes import NodeProcess, _tree_of, limit_threads
 
 ENVIRONMENT = limit_threads()
 
 import click  # noqa: E402
 import numpy as np  # noqa: E402
+from lifl.client import Client  # noqa: E402
 
 from bench.models import resnet_shapes  # noqa: E402
 from bench.round import tree_cpu  # noqa: E402
-from lifl.client import Client  # noqa: E402
 
 _IDLE_SECONDS = 1.0
 

@@ -29,17 +29,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.processes import NodeProcess, _tree_of, limit_threads  # noqa: E402
+from bench.processes import NodeProcess, _tree_of, limit_threads
 
 ENVIRONMENT = limit_threads()
 
 import click  # noqa: E402
 import numpy as np  # noqa: E402
-
-from bench.models import resnet_shapes  # noqa: E402
 from lifl.client import Client  # noqa: E402
 from lifl.fold_kernel import read_limit  # noqa: E402
 from lifl.model_layout import encode_header, parse_header  # noqa: E402
+
+from bench.models import resnet_shapes  # noqa: E402
 
 SETTLE_SECONDS = 0.4
 """After a round: until the checkpoint is written and everything sleeps."""

@@ -78,9 +78,7 @@ def idle_figures(data: dict[str, Any]) -> Iterator[Figure]:
 def ingest_figures(data: dict[str, Any]) -> Iterator[Figure]:
     """HTTP body to slot against a raw receive loop."""
     for row in data["rows"]:
-        yield Figure(
-            "ingest", f"{row['concurrent']} at once, of raw recv_into", row["ratio"], 0.85, at_most=False
-        )
+        yield Figure("ingest", f"{row['concurrent']} at once, of raw recv_into", row["ratio"], 0.85, at_most=False)
 
 
 def hop_figures(data: dict[str, Any]) -> Iterator[Figure]:
@@ -100,9 +98,8 @@ BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], Iterator[Figur
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?"
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "kernel": platform.release()}
 
 

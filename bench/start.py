@@ -26,14 +26,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.processes import limit_threads  # noqa: E402
+from bench.processes import limit_threads
 
 limit_threads()
 
 import click  # noqa: E402
 import numpy as np  # noqa: E402
-
-from bench.models import resnet_shapes  # noqa: E402
 from lifl.agent_client import join  # noqa: E402
 from lifl.control.agent_link import AgentLink  # noqa: E402
 from lifl.descriptor import Kind  # noqa: E402
@@ -41,6 +39,8 @@ from lifl.messages import Hello, Joined, PoolInfo, WorkerSpec  # noqa: E402
 from lifl.model_layout import AccumulatorLayout, encode_header, parse_header  # noqa: E402
 from lifl.pool import MappedPool  # noqa: E402
 from lifl.slot import PAGE, PoolGeometry, UpdateHeader, slot_reference  # noqa: E402
+
+from bench.models import resnet_shapes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = struct.Struct("<d")
@@ -73,8 +73,10 @@ class Bench:
         self.stamps.write_bytes(bytes(PAGE))
         self.page = mmap.mmap(os.open(self.stamps, os.O_RDWR | os.O_CLOEXEC), PAGE)
         self.agent = subprocess.Popen(
-            [sys.executable, "-m", "lifl_gateway.agent", "--runtime-directory", str(directory)]
-            + ["--data-plane", data_plane],
+            [
+                *(sys.executable, "-m", "lifl_gateway.agent", "--runtime-directory", str(directory)),
+                *("--data-plane", data_plane),
+            ],
             stdout=subprocess.PIPE,
         )
         assert self.agent.stdout is not None
@@ -85,9 +87,11 @@ class Bench:
         self.link = AgentLink(self.coordinator, self.events.append)
         before = time.perf_counter()
         self.zygote = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--zygote", str(self.stamps), "--"]
-            + ["--runtime-directory", str(directory), "--name", "fedavg"]
-            + ["--file", str(ROOT / "functions" / "fedavg.py")]
+            [
+                *(sys.executable, str(Path(__file__).resolve()), "--zygote", str(self.stamps), "--"),
+                *("--runtime-directory", str(directory), "--name", "fedavg"),
+                *("--file", str(ROOT / "functions" / "fedavg.py")),
+            ]
         )
         self.wait_for("zygote")
         self.zygote_seconds = time.perf_counter() - before
@@ -188,7 +192,7 @@ def main(updates: int, repeat: int, data_plane: str, output: str) -> None:
         milliseconds = {name: [1e3 * value for value in values] for name, values in columns.items()}
         print(json.dumps({"zygote_s": bench.zygote_seconds, "data_plane": bench.data_plane, "ms": milliseconds}))
         return
-    print(f"{repeat} starts, data plane {bench.data_plane}; start of the zygote itself {bench.zygote_seconds:.2f} s")
+    print(f"{repeat} starts, data plane {bench.data_plane}; the zygote itself {bench.zygote_seconds:.2f} s")
     print(f"{'ms':14}{'median':>9}{'lowest':>9}{'highest':>9}")
     for name, values in columns.items():
         print(f"{name:14}{1e3 * statistics.median(values):9.1f}{1e3 * min(values):9.1f}{1e3 * max(values):9.1f}")

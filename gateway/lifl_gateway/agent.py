@@ -50,6 +50,7 @@ from lifl.messages import (
     WorkerSpec,
     endpoint_id,
 )
+from lifl.process import end_with_supervisor
 from lifl_ebpf.capabilities import CAP_BPF, CAP_NET_ADMIN, drop_capabilities
 from lifl_ebpf.interface import DEFAULT_CREDIT, MINIMUM_CREDIT, EndpointSockets, Router
 from lifl_ebpf.preflight import ebpf_reason
@@ -232,7 +233,7 @@ class Agent:
                 self._cancel(ticket, peer.endpoint, 0)
 
     def _cancel(self, ticket: str, zygote: int, pid: int) -> None:
-        """Report a worker that will not come any more; one that has joined is reported when its connection ends."""
+        """Report a worker that will not come; one that has joined is reported when its connection ends."""
         held = self._tickets.get(ticket)
         if held is not None and held.zygote == zygote:
             del self._tickets[ticket]
@@ -586,6 +587,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.credit < MINIMUM_CREDIT:
         parser.error(f"--credit must be at least {MINIMUM_CREDIT}, one full send")
+    end_with_supervisor()
     try:
         serve(
             options.runtime_directory,

@@ -7,6 +7,7 @@ descriptor goes to the aggregator.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 from lifl.errors import Busy, InvalidModel, LiflError, Refused, Unavailable
-from lifl.messages import Admit, Commit, JobState, Verdict
+from lifl.messages import Abandon, Acknowledged, Admit, Commit, JobState, Verdict
 from lifl.slot import UpdateHeader
 
 from lifl_gateway.coordinator_client import CoordinatorClient
@@ -71,6 +72,15 @@ class Outcome:
 
     status: Literal["accepted", "duplicate"]
     round: int
+
+
+@dataclass
+class _Upload:
+    """An upload that the coordinator has admitted: it has to hear of the end."""
+
+    gateway: int
+    """The endpoint under which it was admitted."""
+    is_committed: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ class Ingest:
         body: Body = environ["wsgi.input"]
         place = self._place(state)
         _check_size(body.remaining, place.most_bytes)
-        return self._admit(event, place) or self._store(event, place, body, started)
+        return self._admit_and_store(event, place, body, started)
 
     def _take_in_structured(self, state: JobState, body: Body, identity: Identity, started: float) -> Outcome:
         """A structured event has its attributes in the body, so all of it is read before anything is asked."""
@@ -147,27 +157,44 @@ class Ingest:
             del received
             identity.require_client(event.client)
             _check_size(len(data), place.most_bytes)
-            return self._admit(event, place) or self._store(event, place, _Memory(data), started)
+            return self._admit_and_store(event, place, _Memory(data), started)
         finally:
             self._structured.release()
 
     def _place(self, state: JobState) -> _Place:
         return _Place(state, self._layouts.of(state), self._link.update_pool(state))
 
-    def _admit(self, event: UpdateEvent, place: _Place) -> Outcome | None:
+    def _admit_and_store(self, event: UpdateEvent, place: _Place, body: Body, started: float) -> Outcome:
+        gateway = self._link.endpoint_id
+        outcome = self._admit(event, place, gateway)
+        if outcome is not None:
+            return outcome
+        upload = _Upload(gateway)
+        try:
+            return self._store(event, place, body, started, upload)
+        finally:
+            if not upload.is_committed:
+                self._abandon(place, gateway)
+
+    def _abandon(self, place: _Place, gateway: int) -> None:
+        with contextlib.suppress(LiflError):  # a coordinator that is away has forgotten the upload anyway
+            self._coordinator.ask(Abandon(place.state.job, gateway), Acknowledged)
+
+    def _admit(self, event: UpdateEvent, place: _Place, gateway: int) -> Outcome | None:
         """Ask whether the update would be taken; None if so."""
-        question = Admit(place.state.job, event.round, event.client, event.event_id)
+        question = Admit(place.state.job, event.round, event.client, event.event_id, gateway)
         verdict = self._coordinator.ask(question, Verdict)
         return None if verdict.status == "open" else _not_taken(verdict, event)
 
-    def _store(self, event: UpdateEvent, place: _Place, body: Body, started: float) -> Outcome:
+    def _store(self, event: UpdateEvent, place: _Place, body: Body, started: float, upload: _Upload) -> Outcome:
         slot = self._take_slot(place.pool)
         is_in_doubt = False
         try:
             filled = _receive(slot, place, body)
             _write_header(slot, place, event, filled)
             try:
-                verdict = self._commit(slot, place, event, started)
+                upload.is_committed = True
+                verdict = self._commit(slot, place, event, started, upload.gateway)
             except Unavailable:
                 is_in_doubt = self._in_doubt = True
                 raise
@@ -185,18 +212,17 @@ class Ingest:
         return Outcome("accepted", verdict.round)
 
     def _take_slot(self, pool: UpdatePool) -> HeldSlot:
-        slot = pool.slots.take()
-        if slot is None and self._in_doubt:
+        if self._in_doubt:
             self._link.settle_slots()
             self._in_doubt = False
-            slot = pool.slots.take()
+        slot = pool.slots.take()
         if slot is None:
             raise Busy("Full", "all slots for updates are in use; send it again in a moment")
         # The generation is in memory before the use: a gateway started anew on this seat goes on from it.
         UpdateHeader(slot.generation, 0, False, 0.0, 0, 0, "").pack_into(pool.memory.header(slot.index))
         return slot
 
-    def _commit(self, slot: HeldSlot, place: _Place, event: UpdateEvent, started: float) -> Verdict:
+    def _commit(self, slot: HeldSlot, place: _Place, event: UpdateEvent, started: float, gateway: int) -> Verdict:
         question = Commit(
             job=place.state.job,
             round=event.round,
@@ -206,6 +232,7 @@ class Ingest:
             generation=slot.generation & 0xFF,
             num_samples=event.num_samples,
             started=started,
+            gateway=gateway,
         )
         return self._coordinator.ask(question, Verdict, _COMMIT_SECONDS)
 

@@ -120,6 +120,14 @@ class NodeLink:
             if self._endpoint is not None:
                 self._endpoint.send(destination, slot, round_number, Kind.UPDATE, generation)
 
+    @property
+    def endpoint_id(self) -> int:
+        """This gateway's endpoint on the data plane. Raises Unavailable while there is no agent."""
+        endpoint = self._endpoint
+        if endpoint is None:
+            raise Unavailable("the agent is away")
+        return endpoint.identifier
+
     def settle_slots(self) -> None:
         """Ask the coordinator which slots are in use and free those that it does not name.
 

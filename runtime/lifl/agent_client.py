@@ -46,20 +46,37 @@ def join(
     of each pool (`MappedPool.fd`). Raises `Unavailable` when no agent answers, `Refused` (status 403) when it
     does not admit this process, `ProtocolError` when it does not keep to the protocol.
     """
+    return complete_join(begin_join(agent_socket_path, hello, timeout=timeout), hello.role, keep_fds=keep_fds)
+
+
+def begin_join(agent_socket_path: str, hello: Hello, *, timeout: float = 30.0) -> ControlChannel[FromAgent]:
+    """The first half of `join`: connect and introduce oneself; the answer is `complete_join`'s to read.
+
+    From here on the end of the channel is the end of the process that has it, even before it has read an answer.
+    """
     channel: ControlChannel[FromAgent] = ControlChannel.connect(agent_socket_path, FromAgent, timeout)
     try:
         channel.send(hello)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def complete_join(channel: ControlChannel[FromAgent], role: Role, *, keep_fds: bool = False) -> AgentConnection:
+    """The second half of `join`: read the agent's answer. Raises as `join` and closes the channel then."""
+    try:
         try:
             answer, fds = channel.receive()
         except TimeoutError as error:
-            raise Unavailable(f"the agent did not answer within {timeout:g} s") from error
+            raise Unavailable(f"the agent did not answer within {channel.socket.gettimeout():g} s") from error
         if isinstance(answer, RefusedJoin):
             close_fds(fds)
             raise Refused(403, "the agent refused this process", answer.reason)
         if not isinstance(answer, Welcome):
             close_fds(fds)
             raise ProtocolError(f"the agent answered a Hello with {type(answer).__name__}")
-        endpoint, pools = _unpack(hello.role, answer, fds, keep_fds)
+        endpoint, pools = _unpack(role, answer, fds, keep_fds)
         channel.settimeout(None)
     except BaseException:
         channel.close()

@@ -311,12 +311,25 @@ class InstallModel(Message):
 
 
 class Admit(Message):
-    """Asked before the body is read: would this update be taken? Answered by `Verdict` or `Problem`."""
+    """Asked before the body is read: would this update be taken? Answered by `Verdict` or `Problem`.
+
+    After the answer `open` the gateway owes a `Commit` or an `Abandon`: meanwhile the job does not go idle, for
+    its memory is being written.
+    """
 
     job: str
     round: int
     client: str
     event_id: str
+    gateway: int
+    """The gateway's endpoint."""
+
+
+class Abandon(Message):
+    """An upload that was admitted will not be committed. Answered by `Acknowledged`."""
+
+    job: str
+    gateway: int
 
 
 class Commit(Message):
@@ -337,6 +350,9 @@ class Commit(Message):
     num_samples: float
     started: float
     """CLOCK_MONOTONIC seconds of the first byte of the request, for ACT."""
+    gateway: int
+    """The gateway's endpoint. A commit of a gateway that has been replaced on its seat meanwhile is refused, for
+    its slots are the successor's."""
 
 
 class Verdict(Message):
@@ -513,6 +529,7 @@ ToCoordinator = (
     CreateJob
     | InstallModel
     | Admit
+    | Abandon
     | Commit
     | BusySlots
     | AcquireModel

@@ -33,6 +33,7 @@ _STOP_SECONDS: Final = 8.0
 _QUICK_DEATH: Final = 1.0
 """A process that lived for less than these seconds is started again only after a pause."""
 _LONGEST_PAUSE: Final = 5.0
+_RUNTIME_PREFIX: Final = "lifl-"
 
 
 @dataclass
@@ -104,9 +105,10 @@ class Node:
         self._take_state_directory()
         base = os.environ.get("XDG_RUNTIME_DIR")
         self._runtime_directory = Path(
-            tempfile.mkdtemp(prefix="lifl-", dir=base if base and os.path.isdir(base) else None)
+            tempfile.mkdtemp(prefix=_RUNTIME_PREFIX, dir=base if base and os.path.isdir(base) else None)
         )
         try:
+            self._runtime_note.write_text(str(self._runtime_directory))
             self._start_all()
         except BaseException:
             self.stop()
@@ -145,8 +147,8 @@ class Node:
     def stop(self) -> None:
         """End all processes, gateways first, and remove the runtime directory. May be called twice."""
         self._stopping = True
-        os.eventfd_write(self._stop_event, 1)
         if self._thread is not None:
+            os.eventfd_write(self._stop_event, 1)
             self._thread.join()
             self._thread = None
         self._end_children(list(self._children))
@@ -157,8 +159,14 @@ class Node:
         if self._lock_fd >= 0:  # otherwise the state directory is another node's
             with contextlib.suppress(OSError):
                 (self.options.state_directory / "run" / "node.json").unlink()
+            with contextlib.suppress(OSError):
+                self._runtime_note.unlink()
             os.close(self._lock_fd)
             self._lock_fd = -1
+        self._selector.close()
+        if self._stop_event >= 0:
+            os.close(self._stop_event)
+            self._stop_event = -1
 
     def __enter__(self) -> Node:
         self.start()
@@ -182,6 +190,19 @@ class Node:
             ) from None
         for leftover in (directory / "incoming").iterdir():
             leftover.unlink()
+        self._remove_stale_runtime_directory()
+
+    @property
+    def _runtime_note(self) -> Path:
+        """The file that names the runtime directory, for the next node if this one is killed."""
+        return self.options.state_directory / "run" / "runtime"
+
+    def _remove_stale_runtime_directory(self) -> None:
+        with contextlib.suppress(OSError):
+            stale = Path(self._runtime_note.read_text())
+            is_ours = stale.lstat().st_uid == os.geteuid() and not stale.is_symlink()
+            if stale.name.startswith(_RUNTIME_PREFIX) and is_ours:
+                shutil.rmtree(stale, ignore_errors=True)
 
     # --- processes -----------------------------------------------------------------------------------------
 
@@ -299,7 +320,10 @@ class Node:
                 for key, _ in self._selector.select(self._seconds_to_restart()):
                     if key.data is not None and not self._stopping:
                         key.data()
-                self._restart_due()
+                if not self._stopping:
+                    self._restart_due()
+            # Here and not in `stop`: what this thread has started gets a signal when the thread ends, in no order.
+            self._end_children(list(self._children))
         except BaseException as error:
             self._failure = error
             self._ended.set()
@@ -357,12 +381,16 @@ class Node:
             self._launch_zygote(function)
 
     def _end_children(self, names: list[str]) -> None:
-        order = ["gateway", "zygote", "coordinator", "agent"]
-        for kind in order:
+        for kind in ("gateway", "coordinator", "zygote", "agent"):
             children = [self._children[name] for name in names if name.startswith(kind)]
             for child in children:
-                if child.pidfd >= 0:
-                    with contextlib.suppress(ProcessLookupError):
+                if child.pidfd < 0 or child.process is None:
+                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    if kind == "zygote" and child.process.returncode is None:
+                        # With its workers, one of which may be in a function that never returns.
+                        os.killpg(child.process.pid, signal.SIGKILL)
+                    else:
                         signal.pidfd_send_signal(child.pidfd, signal.SIGTERM)
             end = time.monotonic() + _STOP_SECONDS
             for child in children:
@@ -371,5 +399,6 @@ class Node:
                 try:
                     child.process.wait(max(0.0, end - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
                 self._bury(child)

@@ -23,7 +23,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
 
 from lifl import fold_kernel  # noqa: E402
-from lifl.agent_client import AgentConnection, join  # noqa: E402
+from lifl.agent_client import AgentConnection, begin_join, complete_join, join  # noqa: E402
 from lifl.errors import InvalidFunction, LiflError, Unavailable  # noqa: E402
 from lifl.function import AggregatorFunction, load_function  # noqa: E402
 from lifl.messages import Fork, Hello, WorkerSpec  # noqa: E402
@@ -87,13 +87,18 @@ class Zygote:
                 time.sleep(0.02)
 
     def _fork(self, spec: WorkerSpec) -> None:
-        if self._function is None or os.fork():
+        """Fork a worker. Its connection is made before, so that it cannot die without the agent noticing."""
+        if self._function is None:
+            return
+        channel = begin_join(self._agent_socket, Hello("worker", ticket=spec.ticket))
+        if os.fork():
+            channel.close()
             return
         status = 1
         try:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._connection.close()
-            Worker(join(self._agent_socket, Hello("worker", ticket=spec.ticket)), self._function).run()
+            Worker(complete_join(channel, "worker"), self._function).run()
             status = 0
         except Unavailable:
             status = 0  # the agent is gone or wants this worker no more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import re
 import signal
@@ -15,13 +16,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.request import urlopen
 
 import numpy as np
 from lifl.client import Client, Submission
-from lifl.errors import Unavailable
 from lifl.node import Node, NodeOptions
 from lifl.tensors import Encoder
 from lifl_ebpf.bpf_syscall import BpfError, map_ids, program_ids
@@ -39,7 +40,7 @@ T = TypeVar("T")
 
 
 def until(condition: Callable[[], T | None], what: str, seconds: float = PATIENCE) -> T:
-    """Poll a condition that real processes bring about, and return what it returns; fails after so many seconds."""
+    """Poll a condition of real processes and return what it returns; fails after so many seconds."""
     end = time.monotonic() + seconds
     while True:
         value = condition()
@@ -67,7 +68,6 @@ class Watch:
         os.environ[MARK] = self._mark
         os.environ["XDG_RUNTIME_DIR"] = str(self.runtime_base)
         self._shared_memory = _names("/dev/shm")
-        self._temporary = _names("/tmp")
         self._bpf = _bpf_objects()
         gc.collect()
         self._descriptors = len(os.listdir("/proc/self/fd"))
@@ -229,9 +229,13 @@ class LiveNode:
         until(lambda: self.node.processes().get(name, before) != before, f"new {name}")
 
     def workers(self) -> list[int]:
-        """Processes that a zygote has forked, in the order of their start."""
-        zygotes = {pid for pid, command in self.watch.processes().items() if "lifl.zygote" in command}
-        return sorted(pid for pid in zygotes if _session(pid) not in (pid, 0))
+        """The children of the zygotes, in the order of their start."""
+        found = []
+        for name, pid in self.node.processes().items():
+            if name.startswith("zygote-"):
+                with contextlib.suppress(OSError):
+                    found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return sorted(found)
 
     def kill_workers(self, count: int | None = None) -> int:
         """SIGKILL workers, of which there must be one at least; returns how many."""
@@ -241,11 +245,14 @@ class LiveNode:
                 os.kill(pid, signal.SIGKILL)
         return len(victims)
 
-    def kill_busy_worker(self) -> None:
-        """SIGKILL a worker that is using the CPU at this moment."""
-        pid = until(lambda: next((pid for pid in self.workers() if _state(pid) == "R"), None), "busy worker")
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    def kill_busy_worker(self) -> bool:
+        """SIGKILL a worker if one is using the CPU at this moment."""
+        for pid in self.workers():
+            if _state(pid) == "R":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+        return False
 
     # --- what the node says ---
 
@@ -266,13 +273,6 @@ class LiveNode:
         """Of a job on a node with one gateway."""
         total = until(lambda: max(0.0, self.metric("lifl_gateway_slots", job)), "slots of the job")
         until(lambda: self.metric("lifl_gateway_slots_free", job) == total, "release of all slots")
-
-
-def _session(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return 0
 
 
 def _state(pid: int) -> str:
@@ -416,14 +416,11 @@ def head(path: str, headers: Mapping[str, str], length: int | None) -> bytes:
     lines = {"Host": "node", **headers}
     if length is not None:
         lines["Content-Length"] = str(length)
-    return f"POST {path} HTTP/1.1\r\n{''.join(f'{k}: {v}' + chr(13) + chr(10) for k, v in lines.items())}\r\n".encode()
+    return "\r\n".join([f"POST {path} HTTP/1.1", *map(": ".join, lines.items()), "\r\n"]).encode()
 
 
 def read_answer(sock: socket.socket) -> Answer:
     """One answer with a length."""
-    import json
-    from http.client import HTTPResponse
-
     response = HTTPResponse(sock)
     response.begin()
     body = response.read()
@@ -440,15 +437,3 @@ def post_update(
             length = len(body) if length is None else length
             sock.sendall(head(f"/v1/jobs/{job}/updates", headers, length) + body)
         return read_answer(sock)
-
-
-def wait_for_gateway(node: LiveNode) -> None:
-    def answers() -> bool:
-        try:
-            with node.client("x", retries=0) as client:
-                client._connection.request("GET", "/readyz", {}, None, 0.0)
-        except Unavailable:
-            return False
-        return True
-
-    until(answers, "gateway")

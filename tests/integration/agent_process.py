@@ -55,7 +55,9 @@ class AgentProcess:
         )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, "the agent ended instead of getting ready"
+        if not line:
+            self.stop()
+            raise AssertionError("the agent ended instead of getting ready")
         self.ready = json.loads(line)
 
     def join(self, hello: Hello) -> AgentConnection:

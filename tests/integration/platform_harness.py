@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from lifl.agent_client import AgentConnection, join
 from lifl.control_channel import ControlChannel, close_fds
 from lifl.descriptor import Kind
@@ -65,6 +64,11 @@ def encode_model(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, bytes]:
     return header, payload
 
 
+def is_busy(answer: Any) -> bool:
+    """Whether the same request may succeed a little later."""
+    return isinstance(answer, Problem) and answer.status == 503
+
+
 @dataclass
 class Platform:
     """Starts the processes and speaks for the gateway."""
@@ -96,7 +100,12 @@ class Platform:
 
     def start_agent(self) -> None:
         process = self.spawn(
-            "agent", "lifl_gateway.agent", "--runtime-directory", str(self.runtime), "--data-plane", self.data_plane
+            "agent",
+            "lifl_gateway.agent",
+            "--runtime-directory",
+            str(self.runtime),
+            "--data-plane",
+            self.data_plane,
         )
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
@@ -145,6 +154,12 @@ class Platform:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def gateway(self) -> int:
+        """Endpoint of this gateway."""
+        assert self.connection.endpoint is not None
+        return self.connection.endpoint.identifier
 
     def rejoin(self) -> None:
         """Be a gateway that has come back: join again and ask which slots are in use."""
@@ -202,7 +217,7 @@ class Platform:
 
     def create_job(self, model: Mapping[str, np.ndarray], **options: Any) -> JobState:
         spec = JobSpec(**{"name": "job", "function": self.function, "goal": 4, **options})
-        state = self.ask(CreateJob(spec))
+        state = until(lambda: None if is_busy(state := self.ask(CreateJob(spec))) else state, what="free name")
         assert isinstance(state, JobState), state
         self.header, payload = encode_model(model)
         path = self.state / "incoming" / "model"
@@ -257,18 +272,32 @@ class Platform:
         header.pack_into(pool.header(index))
         reference = slot_reference(self.updates_pool, index)
         verdict = self.ask(
-            Commit("job", round_number, client, f"{client}/{round_number}", reference, generation & 0xFF, num_samples, started)
+            Commit(
+                "job",
+                round_number,
+                client,
+                f"{client}/{round_number}",
+                reference,
+                generation & 0xFF,
+                num_samples,
+                started,
+                self.gateway,
+            )
         )
         if isinstance(verdict, Verdict) and verdict.status == "accepted":
             self.busy[index] = generation & 0xFF
             if send and verdict.destination:
                 assert self.connection.endpoint is not None
-                self.connection.endpoint.send(verdict.destination, reference, round_number, Kind.UPDATE, generation)
+                self.connection.endpoint.send(
+                    verdict.destination, reference, round_number, Kind.UPDATE, generation
+                )
         return verdict
 
     def wait_for_round(self, number: int, seconds: float = 20.0) -> JobState:
         return until(
-            lambda: state if (state := self.describe()).model_round >= number or state.status == "failed" else None,
+            lambda: (
+                state if (state := self.describe()).model_round >= number or state.status == "failed" else None
+            ),
             seconds,
             f"round {number}",
         )

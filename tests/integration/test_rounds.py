@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lifl.messages import Abandon, Acknowledged, Admit, Commit, DeleteJob, Problem, Verdict
+from lifl.slot import slot_reference
 
-from lifl.messages import Admit, Verdict
 from tests.integration.platform_harness import Platform, until
 
 MODEL = {"layer.weight": np.zeros((50, 101), np.float32), "layer.bias": np.zeros(101, np.float32)}
@@ -174,16 +176,33 @@ def test_a_killed_agent_comes_back_and_the_round_goes_on(platform: Platform):
 
 
 def test_a_gateway_that_dies_before_it_sends_leaves_its_updates_to_the_coordinator(platform: Platform):
-    platform.create_job(MODEL, goal=4)
-    updates = [random_update(client) for client in range(4)]
-    for client in range(3):
-        platform.submit(str(client), updates[client].tobytes(), send=client == 0)
+    platform.create_job(MODEL, goal=5)
+    updates = [random_update(client) for client in range(5)]
+    platform.submit("0", updates[0].tobytes())
+    until(lambda: platform.describe().current.folded == 1, what="a worker that is assigned")
+    destinations = [
+        platform.submit(str(client), updates[client].tobytes(), send=False).destination for client in (1, 2, 3)
+    ]
+    assert any(destinations), "the coordinator left nothing to the gateway, so nothing is tested"
+    platform.connection.close()
+    until(lambda: platform.describe().current.folded == 4, what="descriptors from the coordinator")
+    platform.rejoin()
+    platform.submit("4", updates[4].tobytes())
+    platform.wait_for_round(2)
+    assert_close(platform.model(), updates, [1.0] * 5)
+    platform.wait_for_all_slots()
+
+
+def test_a_commit_of_a_gateway_that_was_replaced_is_refused(platform: Platform):
+    platform.create_job(MODEL, goal=1)
+    former = platform.gateway
     platform.connection.close()
     platform.rejoin()
-    platform.submit("3", updates[3].tobytes())
-    platform.wait_for_round(2)
-    assert_close(platform.model(), updates, [1.0] * 4)
-    platform.wait_for_all_slots()
+    stale = Commit("job", 1, "a", "id", slot_reference(platform.updates_pool, 0), 1, 1.0, 0.0, former)
+    answer = platform.ask(stale)
+    assert isinstance(answer, Problem)
+    assert answer.status == 503
+    assert platform.describe().current.accepted == 0
 
 
 def test_the_quorum_closes_a_round_after_its_deadline(platform: Platform):
@@ -202,7 +221,7 @@ def test_an_idle_job_keeps_no_worker_and_no_memory_and_wakes_up_again(platform: 
     for round_number in (1, 2):
         updates = [random_update(10 * round_number + client) for client in range(2)]
         for client, update in enumerate(updates):
-            platform.ask(Admit("job", round_number, str(client), "id"))
+            platform.ask(Admit("job", round_number, str(client), "id", platform.gateway))
             platform.submit(str(client), update.tobytes(), round_number)
         platform.wait_for_round(round_number + 1)
         assert_close(platform.model(), updates, [1.0] * 2)
@@ -257,6 +276,74 @@ def test_gathering_functions_and_server_optimisers_run_two_rounds(tmp_path: Path
             if function == "median":
                 assert np.allclose(after, np.median(np.stack(updates), axis=0))
             else:
-                assert np.all(np.sign(after - before) == np.sign(weighted_mean(updates, [1.0] * 5) - before)) or round_number > 1
+                assert (
+                    np.all(np.sign(after - before) == np.sign(weighted_mean(updates, [1.0] * 5) - before))
+                    or round_number > 1
+                )
                 assert not np.allclose(after, weighted_mean(updates, [1.0] * 5))
         platform.wait_for_all_slots()
+
+
+def test_workers_killed_before_they_have_joined_are_replaced(platform: Platform):
+    """Whatever the instant of its death, the agent notices: the connection is older than the worker."""
+    platform.create_job(MODEL, goal=4)
+    updates = [random_update(client) for client in range(4)]
+    platform.submit("0", updates[0].tobytes())
+    end = time.monotonic() + 0.3
+    killed: set[int] = set()
+    while time.monotonic() < end and len(killed) < 3:
+        for pid in set(platform.workers()) - killed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+    assert killed
+    for client in range(1, 4):
+        platform.submit(str(client), updates[client].tobytes())
+    state = platform.wait_for_round(2)
+    assert state.status == "running", state.detail
+    assert_close(platform.model(), updates, [1.0] * 4)
+
+
+def test_a_job_deleted_in_the_middle_of_a_round_is_gone_and_its_name_is_free(platform: Platform):
+    for _ in range(3):
+        platform.create_job(MODEL, goal=8)
+        for client in range(6):
+            platform.submit(str(client), random_update(client).tobytes())
+        assert isinstance(platform.ask(DeleteJob("job")), Acknowledged)
+        assert isinstance(platform.describe(), Problem)
+        platform.busy.clear()
+        until(lambda: not platform.workers(), what="end of the workers")
+    platform.create_job(MODEL, goal=1)
+    platform.submit("a", random_update(1).tobytes())
+    platform.wait_for_round(2)
+
+
+def test_a_job_does_not_go_idle_while_an_update_is_on_its_way(platform: Platform):
+    platform.create_job(MODEL, goal=1, idle_seconds=0.2)
+    assert platform.ask(Admit("job", 1, "slow", "id", platform.gateway)).status == "open"
+    pool = platform.pools[platform.updates_pool]
+    pool.payload(0)[:4] = b"half"
+    time.sleep(0.6)  # several times the idle time
+    assert bytes(pool.payload(0)[:4]) == b"half"
+    assert isinstance(platform.ask(Abandon("job", platform.gateway)), Acknowledged)
+    until(lambda: platform.pool_pages(pool) == 0, what="return of the memory")
+
+
+def test_an_optimiser_goes_on_after_a_restart_as_if_nothing_had_happened(tmp_path: Path, data_plane: str):
+    updates = [[random_update(10 * number + client) for client in range(2)] for number in range(3)]
+    results = []
+    for restart in (False, True):
+        with Platform(tmp_path / str(restart), data_plane, function="fedadam") as platform:
+            platform.create_job(MODEL, goal=2)
+            for number in range(1, 4):
+                for client in range(2):
+                    platform.submit(str(client), updates[number - 1][client].tobytes(), number)
+                platform.wait_for_round(number + 1)
+                until(lambda n=number: platform.describe().checkpointed_round == n + 1, what="checkpoint")
+                if restart and number == 2:
+                    platform.restart_everything()
+                    until(lambda: platform.describe().status == "running")
+                    platform.updates_pool = platform.describe().updates_pool
+                    until(lambda: platform.take_pools() or platform.updates_pool in platform.pools)
+            results.append(platform.model())
+    assert np.array_equal(*results)

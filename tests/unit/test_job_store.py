@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from lifl.control.hierarchy import Hierarchy
 from lifl.control.job_store import JobStore
 from lifl.control.round import Round

@@ -7,7 +7,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lifl.control.hierarchy import Hierarchy, PendingEstimate, plan_hierarchy
 from lifl.control.round import Round
 from lifl.messages import JobSpec

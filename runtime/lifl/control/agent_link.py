@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 from lifl.agent_client import AgentConnection
 from lifl.control_channel import close_fds
+from lifl.errors import Unavailable
 from lifl.messages import (
     Allow,
     CreatePool,
@@ -15,12 +17,15 @@ from lifl.messages import (
     GetTraffic,
     Joined,
     Left,
+    Message,
     PoolInfo,
     ReclaimPool,
     StartWorkers,
     StopWorkers,
     WorkerSpec,
 )
+
+log = logging.getLogger("lifl.coordinator")
 
 Continuation = Callable[[Done, list[int]], None]
 
@@ -32,7 +37,8 @@ def _ignore(done: Done, fds: list[int]) -> None:
 class AgentLink:
     """Sends requests over one connection and calls back with each answer; events go to `on_event`.
 
-    Every method raises `Unavailable` when the agent is gone.
+    A request to an agent that has just died is lost without an error: the end of the connection, which `process`
+    raises as `Unavailable`, has the coordinator do everything again with the next agent.
     """
 
     def __init__(self, connection: AgentConnection, on_event: Callable[[Joined | Left], None]) -> None:
@@ -61,6 +67,12 @@ class AgentLink:
                 if isinstance(message, Joined | Left):
                     self._on_event(message)
 
+    def _send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        try:
+            self._connection.channel.send(message, fds)
+        except Unavailable as error:
+            log.debug("not sent to the agent: %s", error)
+
     def _expect(self, then: Continuation | None) -> int:
         number = next(self._ids)
         self._waiting[number] = then or _ignore
@@ -69,28 +81,28 @@ class AgentLink:
     def create_pool(self, info: PoolInfo, memory: int | None, then: Continuation) -> None:
         """Make a pool, or have its memory adopted."""
         fds = () if memory is None else (memory,)
-        self._connection.channel.send(CreatePool(self._expect(then), info), fds)
+        self._send(CreatePool(self._expect(then), info), fds)
 
     def drop_pool(self, pool: int) -> None:
         """Forget a pool."""
-        self._connection.channel.send(DropPool(self._expect(None), pool))
+        self._send(DropPool(self._expect(None), pool))
 
-    def reclaim_pool(self, pool: int) -> None:
+    def reclaim_pool(self, pool: int, then: Continuation) -> None:
         """Give a pool's pages back."""
-        self._connection.channel.send(ReclaimPool(self._expect(None), pool))
+        self._send(ReclaimPool(self._expect(then), pool))
 
     def allow(self, pairs: tuple[tuple[int, int], ...], then: Continuation) -> None:
         """Open routes between endpoints."""
-        self._connection.channel.send(Allow(self._expect(then), pairs))
+        self._send(Allow(self._expect(then), pairs))
 
     def start_workers(self, workers: tuple[WorkerSpec, ...], then: Continuation) -> None:
         """Fork workers."""
-        self._connection.channel.send(StartWorkers(self._expect(then), workers))
+        self._send(StartWorkers(self._expect(then), workers))
 
     def stop_workers(self, endpoints: tuple[int, ...]) -> None:
         """End workers."""
-        self._connection.channel.send(StopWorkers(self._expect(None), endpoints))
+        self._send(StopWorkers(self._expect(None), endpoints))
 
     def get_traffic(self, then: Continuation) -> None:
         """Read the router's counters."""
-        self._connection.channel.send(GetTraffic(self._expect(then)))
+        self._send(GetTraffic(self._expect(then)))

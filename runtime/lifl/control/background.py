@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
 from collections.abc import Callable
+
+log = logging.getLogger("lifl.coordinator")
 
 Continuation = Callable[[], None]
 Task = Callable[[], Continuation]
@@ -14,7 +17,7 @@ Task = Callable[[], Continuation]
 class Background:
     """Runs tasks one after another in one thread; what each returns is then called by the loop.
 
-    The order is kept, so a task may rely on all earlier ones being done. A task must not raise.
+    The order is kept, so a task may rely on all earlier ones being done. What a task raises is only logged.
     """
 
     def __init__(self) -> None:
@@ -37,7 +40,11 @@ class Background:
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
-            self._results.put(task())
+            try:
+                self._results.put(task())
+            except Exception:
+                log.exception("a background task failed")
+                continue
             os.eventfd_write(self._event, 1)
 
     def process(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from lifl.control.gateway_connections import GatewayConnection
 from lifl.control.job import Job
 from lifl.descriptor import Kind
 from lifl.endpoint import Endpoint
+from lifl.errors import Unavailable
 from lifl.messages import DataPlane
 from lifl.slot import split_slot_reference
+
+log = logging.getLogger("lifl.coordinator")
 
 
 @dataclass
@@ -51,4 +55,11 @@ class Context:
         """
         gateway = self.gateways.get(self.seat_of(slot))
         if gateway is not None:
-            self.endpoint.send(gateway, slot, round_number, Kind.RELEASE, generation)
+            self.send(gateway, slot, round_number, Kind.RELEASE, generation)
+
+    def send(self, destination: int, slot: int, round_number: int, kind: Kind, generation: int = 0) -> None:
+        """Send a descriptor. One that the data plane takes no more is made up for after joining again."""
+        try:
+            self.endpoint.send(destination, slot, round_number, kind, generation)
+        except Unavailable as error:
+            log.error("%s", error)

@@ -44,7 +44,7 @@ from lifl.control.rounds import Rounds
 from lifl.control.supervisor import tell_supervisor
 from lifl.control.workforce import Workforce
 from lifl.control_channel import listen
-from lifl.errors import LiflError, ProtocolError, Unavailable
+from lifl.errors import LiflError, ProtocolError, Refused, Unavailable
 from lifl.messages import Hello, Joined, Left, Problem
 from lifl.process import end_with_supervisor
 
@@ -185,8 +185,8 @@ class Coordinator:
         self._context.gateways.clear()
         self._workforce.forget_all()
         self._join_agent()
+        self._memory.hand_all_to_agent()
         for job in self._context.jobs.values():
-            self._memory.hand_to_agent(job)
             if job.round is not None and job.round.accepted:
                 self._workforce.start_missing(job)
 
@@ -198,8 +198,7 @@ class Coordinator:
             case Joined(role="gateway"):
                 self._context.gateways[event.seat] = event.endpoint
             case Left(role="gateway"):
-                if self._context.gateways.get(event.seat) == event.endpoint:
-                    del self._context.gateways[event.seat]
+                self._gateway_left(event)
             case Joined(role="zygote"):
                 self._workforce.zygote_joined(event)
             case Left(role="zygote"):
@@ -209,6 +208,13 @@ class Coordinator:
             case Left(role="worker"):
                 self._workforce.worker_left(event)
 
+    def _gateway_left(self, event: Left) -> None:
+        if self._context.gateways.get(event.seat) == event.endpoint:
+            del self._context.gateways[event.seat]
+        for job in self._context.jobs.values():
+            job.uploads.pop(event.endpoint, None)  # they ended with their gateway
+        self._workforce.send_again(event.seat)
+
     # --- restart -------------------------------------------------------------------------------------------
 
     def _restore_jobs(self) -> None:
@@ -216,12 +222,15 @@ class Coordinator:
         for store in JobStore.all_under(self._context.state_directory):
             try:
                 job = Job(store.spec(), store)
-            except LiflError as error:
-                log.error("%s", error)
+                store.remove_leftovers()
+            except (LiflError, ValueError, OSError) as error:
+                log.error("%s: %s", store.directory, error)
                 continue
-            store.remove_leftovers()
             self._context.jobs[job.spec.name] = job
-            self._restore(job)
+            try:
+                self._restore(job)
+            except (Refused, OSError) as error:
+                self._workforce.fail(job, str(error))
 
     def _restore(self, job: Job) -> None:
         rounds = job.store.rounds()

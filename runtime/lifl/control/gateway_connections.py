@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
+from lifl.control.job import Job
 from lifl.control_channel import ControlChannel, close_fds
 from lifl.errors import ProtocolError, Refused, Unavailable
 from lifl.messages import Message, Problem, ToCoordinator
@@ -20,7 +21,7 @@ class GatewayConnection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.channel: ControlChannel[ToCoordinator] = ControlChannel(sock, ToCoordinator)
-        self.leases: dict[int, str] = {}
+        self.leases: dict[int, Job] = {}
         """Job of each model that is lent over this connection."""
         sock.setblocking(False)
 
@@ -77,7 +78,7 @@ class GatewayConnections:
         try:
             return self._answer(connection, request)
         except Refused as refusal:
-            return Problem(refusal.status, refusal.title, refusal.detail)
+            return Problem(refusal.status, refusal.title, refusal.detail, getattr(refusal, "retry_after", 0.0))
         except Exception as error:  # one request that goes wrong must not end all jobs
             log.exception("request %s failed", type(request).__name__)
             return Problem(500, "internal error", f"{type(error).__name__}; see the coordinator's log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -12,15 +13,16 @@ from lifl.control.background import Continuation
 from lifl.control.context import Context
 from lifl.control.gateway_connections import GatewayConnection
 from lifl.control.idleness import Idleness
-from lifl.control.job import Job
+from lifl.control.job import MAX_UPDATE_SLOTS, Job
 from lifl.control.job_store import JOB_NAME, JobStore
 from lifl.control.model_keeper import ModelKeeper
 from lifl.control.round import Round
 from lifl.control.rounds import Rounds
 from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds
-from lifl.errors import LiflError, Refused
+from lifl.errors import Busy, LiflError, Refused
 from lifl.messages import (
+    Abandon,
     Acknowledged,
     AcquireModel,
     Admit,
@@ -50,6 +52,8 @@ from lifl.messages import (
 )
 from lifl.slot import split_slot_reference
 
+log = logging.getLogger("lifl.coordinator")
+
 
 class GatewayRequests:
     """Answers requests; `hear_news` handles everything that agent and workers have reported so far."""
@@ -69,12 +73,17 @@ class GatewayRequests:
         self._rounds = rounds
         self._idleness = idleness
         self._hear_news = hear_news
+        self._retiring: set[str] = set()
+        """Names of deleted jobs whose directories are not put away yet."""
 
     def answer(self, connection: GatewayConnection, request: ToCoordinator) -> Message | None:
         """Answer a request; None when the answer comes later. Raises `Refused`."""
         match request:
             case Admit():
                 return self._admit(request)
+            case Abandon():
+                self._end_upload(request)
+                return Acknowledged()
             case Commit():
                 return self._commit(request)
             case AcquireModel():
@@ -106,9 +115,8 @@ class GatewayRequests:
     def connection_ended(self, connection: GatewayConnection) -> None:
         """Take back what was lent over a connection."""
         self._context.subscribers.discard(connection)
-        for lease, name in connection.leases.items():
-            if name in self._context.jobs:
-                self._models.give_back(self._context.jobs[name], lease)
+        for lease, job in connection.leases.items():
+            self._models.give_back(job, lease)
 
     def _find(self, name: str) -> Job:
         job = self._context.jobs.get(name)
@@ -146,10 +154,26 @@ class GatewayRequests:
         verdict = self._judge(round_, request.round, request.client)
         if verdict is None:
             self._idleness.wake(job)
+            job.uploads[request.gateway] = job.uploads.get(request.gateway, 0) + 1
             return Verdict("open", round_.number)
         return verdict
 
+    def _end_upload(self, request: Commit | Abandon) -> None:
+        job = self._context.jobs.get(request.job)
+        if job is not None and job.uploads.get(request.gateway, 0):
+            job.uploads[request.gateway] -= 1
+
+    def _require_current(self, gateway: int, slot: int) -> None:
+        """Raise `Busy` unless `gateway` is the endpoint that has the seat of the slot now."""
+        seat = self._context.seat_of(slot)
+        if self._context.gateways.get(seat) != gateway:
+            self._hear_news()
+        if self._context.gateways.get(seat) != gateway:
+            raise Busy("gateway replaced", "send the update again", retry_after=0.2)
+
     def _commit(self, request: Commit) -> Verdict:
+        self._end_upload(request)
+        self._require_current(request.gateway, request.slot)
         job, round_ = self._find_open_round(request.job)
         verdict = self._judge(round_, request.round, request.client)
         if verdict is not None:
@@ -157,6 +181,9 @@ class GatewayRequests:
         pool, _ = split_slot_reference(request.slot)
         if job.pools is None or pool != job.pools.updates.pool or request.slot in round_.in_slot:
             raise Refused(500, "not a slot of this job", f"slot {request.slot:#x}")
+        if request.started < job.given_back_at:
+            # Its slot may have been emptied under it: only a gateway that lost count of its uploads gets here.
+            raise Busy("the job slept meanwhile", "send the update again", retry_after=0.1)
         update = round_.accept(
             request.client, request.slot, request.generation, request.num_samples, request.started
         )
@@ -172,6 +199,8 @@ class GatewayRequests:
     def _busy_slots(self, seat: int) -> Slots:
         # A RELEASE that found no gateway is made up for by this answer only if all news were heard before.
         self._hear_news()
+        # What the gateway was to send and perhaps did not, before it died or lost the answer to its Commit.
+        self._workforce.send_again(seat)
         keys = [
             (slot, update.generation)
             for job in self._context.jobs.values()
@@ -209,13 +238,13 @@ class GatewayRequests:
     def _acquire_model(self, connection: GatewayConnection, request: AcquireModel) -> ModelSource:
         source = self._models.source(self._find(request.job), request.round)
         if source.lease:
-            connection.leases[source.lease] = request.job
+            connection.leases[source.lease] = self._find(request.job)
         return source
 
     def _return_model(self, connection: GatewayConnection, request: ReturnModel) -> Acknowledged:
-        name = connection.leases.pop(request.lease, "")
-        if name in self._context.jobs:
-            self._models.give_back(self._context.jobs[name], request.lease)
+        job = connection.leases.pop(request.lease, None)
+        if job is not None:
+            self._models.give_back(job, request.lease)
         return Acknowledged()
 
     # --- jobs ----------------------------------------------------------------------------------------------
@@ -228,6 +257,8 @@ class GatewayRequests:
             raise Refused(
                 409, "name taken", f"another job is called {spec.name!r}; DELETE it or choose another name"
             )
+        if spec.name in self._retiring:
+            raise Busy("name taken", f"the former job {spec.name!r} is still being put away", retry_after=0.2)
         check_spec(spec)
         zygote = self._workforce.zygote(spec.function)
         if zygote is not None and zygote.failure:
@@ -247,9 +278,18 @@ class GatewayRequests:
         if not job.installing:
             self._models.finish_if_complete(job)
         # Whatever of its checkpoints is still to be written goes to the directory under the old name first.
-        self._context.background.put(partial(_retire, job))
+        self._retiring.add(name)
+        self._context.background.put(partial(self._retire, job))
         self._context.publish(job)
         return Acknowledged()
+
+    def _retire(self, job: Job) -> Continuation:
+        """In the background thread."""
+        try:
+            job.store.retire()
+        except OSError as error:
+            log.error("job %s: its directory stays: %s", job.spec.name, error)
+        return partial(self._retiring.discard, job.spec.name)
 
     # --- what there is -------------------------------------------------------------------------------------
 
@@ -289,11 +329,6 @@ class GatewayRequests:
 # --- in the background thread ----------------------------------------------------------------------------------
 
 
-def _retire(job: Job) -> Continuation:
-    job.store.retire()
-    return lambda: None
-
-
 def _look_up_round(connection: GatewayConnection, job: Job, number: int) -> Continuation:
     try:
         state = job.store.find_round(number)
@@ -328,8 +363,8 @@ def check_spec(spec: JobSpec) -> None:
         problems.append("rounds: 0 (no end) or more")
     if spec.updates_per_leaf < 1:
         problems.append("updates_per_leaf: at least 1")
-    if not 0 <= spec.slots <= 1 << 20:
-        problems.append("slots: from 0 (chosen by the platform) to 1,048,576")
+    if not 0 <= spec.slots <= MAX_UPDATE_SLOTS:
+        problems.append(f"slots: from 0 (chosen by the platform) to {MAX_UPDATE_SLOTS:,}")
     if not 0.1 <= spec.idle_seconds <= 86_400:
         problems.append("idle_seconds: from 0.1 to 86,400")
     if spec.keep_checkpoints < 0:

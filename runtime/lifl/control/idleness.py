@@ -25,16 +25,19 @@ class Idleness:
         """Keep no worker, and no memory when nothing in it is still needed."""
         round_ = job.round
         assert round_ is not None
+        if round_.status != "open":
+            return
+        if round_.folded != round_.accepted or any(job.uploads.values()) or job.leases:
+            job.last_activity = time.monotonic()  # something is going on after all
+            return
         job.last_activity = 0.0
-        if round_.status != "open" or round_.folded != round_.accepted:
-            return
         self._workforce.stop(job)
-        if round_.accepted or job.leases or job.checkpointed_round != job.model_round:
-            return
-        self._memory.give_back(job)
+        if not round_.accepted and job.checkpointed_round == job.model_round:
+            job.given_back_at = time.monotonic()
+            self._memory.give_back(job)
 
     def wake(self, job: Job) -> None:
-        """Note traffic; bring back what idleness gave away."""
+        """Note traffic; bring back what idleness gave away. Raises as `JobMemory.bring_back`."""
         job.last_activity = time.monotonic()
         self._memory.bring_back(job)
         self._workforce.start_missing(job)

@@ -17,14 +17,21 @@ from lifl.model_layout import AccumulatorLayout, ModelLayout
 from lifl.pool import MappedPool
 from lifl.slot import PAGE, PoolGeometry, slot_reference
 
-MODEL_SLOTS: Final = 4
-"""Global models kept in shared memory, in turn, so that slow readers of an old one do not hold up a round."""
+MODEL_SLOTS: Final = 3
+"""Global models kept in shared memory, in turn: a round reads one and writes the next, and one may be lent to
+slow readers meanwhile without holding up the round."""
+
+MAX_UPDATE_SLOTS: Final = 4000
+"""Fewer than the descriptors that may wait unread at one process: none is ever refused for lack of credit."""
 
 _HISTORY_ROUNDS: Final = 1000
 """Complete rounds of a job that are kept in memory."""
 
 _MEMORY_SHARE: Final = 0.25
 """Share of the available memory that the update slots of one job may take by default."""
+
+_AGGREGATES_SHARE: Final = 0.5
+"""The same for models and accumulators: huge models get fewer places in the tree."""
 
 
 @dataclass
@@ -80,7 +87,16 @@ class Job:
     leases: dict[int, int] = field(default_factory=dict)
     """Model slot of each lease."""
     last_activity: float = 0.0
+    places: int = 1
+    """Places in the tree that there is memory for."""
+    uploads: dict[int, int] = field(default_factory=dict)
+    """Uploads that were admitted and not yet committed or abandoned, by the gateway's endpoint."""
+    checkpointing: set[int] = field(default_factory=set)
+    """Rounds whose starting model and optimiser state are being written to the disk."""
     memory_given_back: bool = False
+    memory_is_going: bool = False
+    """The agent was asked to give the pages back and has not answered yet."""
+    given_back_at: float = 0.0
     installing: bool = False
     pending_estimate: PendingEstimate = field(default_factory=PendingEstimate)
 
@@ -114,8 +130,10 @@ class Job:
         return MODEL_SLOTS + 2 * array + round_number % 2
 
     def is_lent(self, round_number: int) -> bool:
-        """Whether somebody still reads the slot that holds this round's model."""
-        return self.model_slot(round_number) in self.leases.values()
+        """Whether somebody still reads what is in the slots of this round's model and optimiser state."""
+        if self.model_slot(round_number) in self.leases.values():
+            return True
+        return bool(self.state_arrays) and any((other - round_number) % 2 == 0 for other in self.checkpointing)
 
     def pool_infos(self, pool: int, cores: int, gateways: int) -> tuple[PoolInfo, PoolInfo]:
         """Dimension the two pools (ids `pool` and `pool + 1`). Raises `Refused` 422/507 when they cannot fit."""
@@ -124,9 +142,11 @@ class Job:
         sums = AccumulatorLayout(self.layout, self.spec.precision).nbytes
         updates = PoolGeometry.of(1, header + PAGE, self.layout.payload_bytes)
         slots = self._update_slots(updates.stride, gateways)
-        aggregates = PoolGeometry.of(
-            MODEL_SLOTS + self.state_slots + 2 * cores, header, max(self.layout.payload_bytes, sums)
-        )
+        aggregate = PoolGeometry.of(1, header, max(self.layout.payload_bytes, sums))
+        fixed = MODEL_SLOTS + self.state_slots
+        fitting = int(available_memory() * _AGGREGATES_SHARE) // aggregate.stride - fixed
+        self.places = max(1, min(cores, fitting // 2))
+        aggregates = aggregate._replace(slots=fixed + 2 * self.places)
         return (
             PoolInfo(
                 pool,
@@ -151,7 +171,7 @@ class Job:
     def _update_slots(self, stride: int, gateways: int) -> int:
         at_once = self.gather or self.spec.timing == "lazy"
         fitting = int(available_memory() * _MEMORY_SHARE) // stride
-        slots = self.spec.slots or max(gateways, min(self.spec.goal, fitting))
+        slots = self.spec.slots or max(gateways, min(self.spec.goal, fitting, MAX_UPDATE_SLOTS))
         if at_once and slots < self.spec.goal:
             kind = "a gathering function" if self.gather else "lazy timing"
             raise Refused(

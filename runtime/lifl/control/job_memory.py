@@ -14,7 +14,7 @@ from lifl.control.context import Context
 from lifl.control.job import MODEL_SLOTS, Job, Pools
 from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds
-from lifl.errors import InvalidModel, Refused
+from lifl.errors import Busy, InvalidModel, Refused
 from lifl.messages import Done, PoolInfo, PoolKind, Problem
 from lifl.model_layout import parse_header
 from lifl.pool import MappedPool
@@ -43,21 +43,24 @@ class JobMemory:
         self._context = context
         self._workforce = workforce
         self._next_pool = 0
+        self._being_made: dict[str, _Installation] = {}
+        """Installations whose pools the agent was asked for, by job."""
 
     def install(self, job: Job, round_number: int, then: Outcome) -> None:
         """Give the job its pools with the model that starts `round_number`, which is on disk.
 
-        Waits for the job's zygote, which knows what the function needs. `then` is not called for a job that is
-        deleted meanwhile.
+        Waits for the job's zygote, which knows what the function needs.
         """
+        if job.status == "deleted":
+            self._end(job, then, Problem(409, "job is deleted", "it was deleted before its model was in place"))
+            return
         job.installing = True
         zygote = self._workforce.zygote(job.spec.function)
         if zygote is None:
             self._workforce.when_ready(job.spec.function, partial(self.install, job, round_number, then))
             return
         if zygote.failure:
-            job.installing = False
-            then(Problem(422, "the function cannot be used", zygote.failure))
+            self._end(job, then, Problem(422, "the function cannot be used", zygote.failure))
             return
         job.gather, job.state_arrays = zygote.gather, zygote.state_arrays
         try:
@@ -66,10 +69,10 @@ class JobMemory:
                 self._new_pool_ids(), self._context.cores, self._context.gateway_seats
             )
         except Refused as error:
-            job.installing = False
-            then(Problem(error.status, error.title, error.detail))
+            self._end(job, then, Problem(error.status, error.title, error.detail))
             return
         installation = _Installation(job, round_number, then)
+        self._being_made[job.spec.name] = installation
         for info in (aggregates, updates):
             made = partial(self._pool_made, installation, updates, aggregates, info)
             self._context.agent.create_pool(info, None, made)
@@ -90,39 +93,60 @@ class JobMemory:
         fds: list[int],
     ) -> None:
         job, received = installation.job, installation.received
-        if done.error or not fds:
-            close_fds([*fds, *received.values()])
-            received.clear()
-            if job.installing:
-                job.installing = False
-                installation.then(Problem(507, "no memory for the job's pool", done.error))
-            return
-        if not job.installing:  # the other pool could not be made
+        if self._being_made.get(job.spec.name) is not installation:  # the other pool could not be made
             close_fds(fds)
             self._context.agent.drop_pool(made.pool)
             return
+        if done.error or not fds:
+            close_fds([*fds, *received.values()])
+            for info in (updates, aggregates):
+                if info.kind in received:
+                    self._context.agent.drop_pool(info.pool)
+            del self._being_made[job.spec.name]
+            self._end(job, installation.then, Problem(507, "no memory for the job's pool", done.error))
+            return
         received[made.kind] = fds[0]
         if len(received) == 2:
+            del self._being_made[job.spec.name]
             memory = MappedPool(aggregates, received["aggregates"], writable=True, keep_fd=True)
             job.pools = Pools(updates, aggregates, received["updates"], memory)
             self._context.background.put(partial(self._fill, installation))
 
     def _fill(self, installation: _Installation) -> Continuation:
         """In the background thread: load the model, which may be large."""
-        load_model(installation.job, installation.round_number)
-        return partial(self._filled, installation)
+        problem = None
+        try:
+            load_model(installation.job, installation.round_number)
+        except OSError as error:
+            problem = Problem(500, "the model cannot be read", str(error))
+        return partial(self._filled, installation, problem)
 
-    def _filled(self, installation: _Installation) -> None:
+    def _filled(self, installation: _Installation, problem: Problem | None) -> None:
         job = installation.job
-        job.installing = False
         if job.status == "deleted":
+            problem = Problem(409, "job is deleted", "it was deleted before its model was in place")
+        if problem is None:
+            job.model_round = job.checkpointed_round = installation.round_number
+        else:
             self.drop(job)
-            return
-        job.model_round = job.checkpointed_round = installation.round_number
-        installation.then(None)
+        self._end(job, installation.then, problem)
 
-    def hand_to_agent(self, job: Job) -> None:
-        """Have a new agent adopt the memory that the job has."""
+    @staticmethod
+    def _end(job: Job, then: Outcome, problem: Problem | None) -> None:
+        job.installing = False
+        then(problem)
+
+    def hand_all_to_agent(self) -> None:
+        """A new agent adopts the memory that jobs have, and makes what the old one was about to make."""
+        for job in self._context.jobs.values():
+            job.memory_is_going = False
+            self._hand_to_agent(job)
+        interrupted, self._being_made = self._being_made, {}
+        for installation in interrupted.values():
+            close_fds(list(installation.received.values()))
+            self.install(installation.job, installation.round_number, installation.then)
+
+    def _hand_to_agent(self, job: Job) -> None:
         if job.pools is not None:
             create = self._context.agent.create_pool
             create(job.pools.updates, job.pools.updates_fd, _close_answer)
@@ -131,15 +155,33 @@ class JobMemory:
     def give_back(self, job: Job) -> None:
         """Give the pages to the kernel and keep the pools; `bring_back` is needed before the next update."""
         if job.pools is not None:
-            job.memory_given_back = True
-            self._context.agent.reclaim_pool(job.pools.updates.pool)
-            self._context.agent.reclaim_pool(job.pools.aggregates.pool)
+            job.memory_is_going = True
+            reclaim = self._context.agent.reclaim_pool
+            reclaim(job.pools.updates.pool, _close_answer)
+            reclaim(job.pools.aggregates.pool, partial(self._given_back, job))
+
+    def _given_back(self, job: Job, done: Done, fds: list[int]) -> None:
+        close_fds(fds)
+        job.memory_is_going = False
+        if job.pools is None or job.layout is None:
+            return
+        job.memory_given_back = True
+        # A gateway that starts while the job sleeps looks for the model's header here.
+        _write_headers(job)
 
     def bring_back(self, job: Job) -> None:
-        """Load the newest model again if the pages were given back."""
+        """Load the newest model again if the pages were given back.
+
+        Raises `Busy` while they are just being given back, `Refused` 500 when the checkpoint cannot be read.
+        """
+        if job.memory_is_going:
+            raise Busy("waking up", "the job was about to go to sleep", retry_after=0.1)
         if job.memory_given_back:
+            try:
+                load_model(job, job.model_round)
+            except OSError as error:
+                raise Refused(500, "the model cannot be read", str(error)) from error
             job.memory_given_back = False
-            load_model(job, job.model_round)
 
     def drop(self, job: Job) -> None:
         """Take the pools away, if the job has them."""
@@ -170,14 +212,22 @@ def read_layout(job: Job, round_number: int) -> None:
         raise Refused(422, "not a model", str(error)) from error
 
 
+def _write_headers(job: Job) -> None:
+    """Put the safetensors header into the header room of every model slot."""
+    assert job.pools is not None
+    assert job.layout is not None
+    header = job.layout.header
+    for slot in range(MODEL_SLOTS):
+        job.pools.memory.layout(slot)[: len(header)] = header
+
+
 def load_model(job: Job, round_number: int) -> None:
     """Put header, model and optimiser state of a round from the disk into the pool."""
     assert job.pools is not None
     assert job.layout is not None
+    _write_headers(job)
     memory = job.pools.memory
     header = job.layout.header
-    for slot in range(MODEL_SLOTS):
-        memory.layout(slot)[: len(header)] = header
     model = memory.payload(job.model_slot(round_number), job.layout.payload_bytes)
     with open(job.store.checkpoint_path(round_number), "rb", buffering=0) as file:
         file.seek(8 + len(header))

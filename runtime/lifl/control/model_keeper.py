@@ -64,7 +64,8 @@ class ModelKeeper:
 
     def finish_if_complete(self, job: Job) -> None:
         """A job that is over keeps no memory once its last model is on disk and read by nobody."""
-        if job.status in ("complete", "deleted") and not job.leases:
+        is_safe = job.status == "deleted" or job.checkpointed_round == job.model_round
+        if job.status in ("complete", "deleted") and is_safe and not job.leases and job.pools is not None:
             self._memory.drop(job)
             self._context.publish(job)
 
@@ -99,6 +100,7 @@ class ModelKeeper:
         assert job.pools is not None
         following = round_.number + 1
         lease = self.lend(job, following)
+        job.checkpointing.add(following)
         memory = job.pools.memory
         if job.spec.durability == "async":
             offer()
@@ -131,12 +133,15 @@ class ModelKeeper:
 
     def _written(self, checkpoint: _Checkpoint, error: str) -> None:
         job = checkpoint.job
-        self.give_back(job, checkpoint.lease)
+        job.checkpointing.discard(checkpoint.following)
         if error:
             job.detail = error
             log.error("job %s: %s", job.spec.name, error)
         else:
             job.checkpointed_round = checkpoint.following
         if job.spec.durability == "sync" and job.status == "running":
-            checkpoint.offer()
-        self.finish_if_complete(job)
+            if error:  # a model that might be forgotten again is not to be seen
+                self._workforce.fail(job, error)
+            else:
+                checkpoint.offer()
+        self.give_back(job, checkpoint.lease)

@@ -44,8 +44,8 @@ class Rounds:
         then(problem)
 
     def _open(self, job: Job, number: int) -> None:
-        pending = job.pending_estimate.observe(job.spec.goal)
-        plan = plan_hierarchy(pending, job.spec.updates_per_leaf, self._context.cores, gather=job.gather)
+        pending = job.pending_estimate.observe(job.last.accepted if job.last else job.spec.goal)
+        plan = plan_hierarchy(pending, job.spec.updates_per_leaf, job.places, gather=job.gather)
         job.round = Round(number, job.spec, plan, time.monotonic())
         self._workforce.begin_round(job)
 
@@ -61,8 +61,10 @@ class Rounds:
         """Take account of everything that workers have reported."""
         for message in self._context.endpoint.receive():
             job, record = self._workforce.find(message.source) or (None, None)
-            if job is None or record is None or job.round is None:
+            if job is None or record is None or job.round is None or job.pools is None:
                 continue
+            if job.status != "running":
+                continue  # deleted or given up: nobody waits for it any more
             if message.round != job.round.number & 0xFFFF:
                 continue
             if message.kind == Kind.FOLDED:
@@ -74,9 +76,8 @@ class Rounds:
 
     def _on_folded(self, job: Job, round_: Round, message: Descriptor) -> None:
         """An input is part of a sealed accumulator: a partial aggregate, or an update, whose slot is free now."""
-        assert job.pools is not None
         pool, index = split_slot_reference(message.slot)
-        if pool == job.pools.aggregates.pool:
+        if job.pools is not None and pool == job.pools.aggregates.pool:
             place = job.place_of_accumulator(index)
             if 0 <= place < len(round_.aggregators):
                 round_.aggregators[place].delivered = True

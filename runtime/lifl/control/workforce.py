@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from lifl import descriptor
 from lifl.control.context import Context
 from lifl.control.job import MODEL_SLOTS, Job, WorkerRecord
 from lifl.control.round import Aggregator, Round
@@ -100,8 +99,13 @@ class Workforce:
     def zygote_left(self, event: Left) -> None:
         """Note that nothing can be forked until the supervisor has started the zygote again."""
         zygote = self._zygotes.get(event.function)
-        if zygote is not None and zygote.endpoint == event.endpoint:
-            del self._zygotes[event.function]
+        if zygote is None or zygote.endpoint != event.endpoint:
+            return
+        del self._zygotes[event.function]
+        # Requests that it had not got round to died with it; the next zygote gets new ones.
+        waiting = [ticket for ticket, (job, _) in self._tickets.items() if job.spec.function == event.function]
+        for ticket in waiting:
+            self._cancel(ticket)
 
     # --- starting ------------------------------------------------------------------------------------------
 
@@ -142,8 +146,13 @@ class Workforce:
         # The zygote is gone; the supervisor starts it again and then the places are filled.
         log.warning("workers of job %s not started: %s", job.spec.name, done.error)
         for spec in specs:
-            _, record = self._tickets.pop(spec.ticket)
-            job.workers.pop(record.place, None)
+            self._cancel(spec.ticket)
+
+    def _cancel(self, ticket: str) -> None:
+        """Give up waiting for a worker that will not come."""
+        job, record = self._tickets.pop(ticket, (None, None))
+        if job is not None and record is not None and job.workers.get(record.place) is record:
+            del job.workers[record.place]
 
     def worker_joined(self, event: Joined) -> None:
         """Give the worker its work; one that nobody waits for any more is sent home."""
@@ -202,15 +211,23 @@ class Workforce:
         round_ = job.round
         assert round_ is not None
         record.assigned = True
-        endpoint = self._context.endpoint
-        endpoint.send(record.endpoint, parent, round_.number, Kind.ASSIGN, round_.number >> 16)
-        updates = [
-            descriptor.encode(record.endpoint, update.slot, round_.number, Kind.UPDATE, update.generation)
-            for update in round_.unfolded_of(record.place)
-        ]
-        endpoint.send_many(record.endpoint, updates)
+        send = self._context.send
+        send(record.endpoint, parent, round_.number, Kind.ASSIGN, round_.number >> 16)
+        for update in round_.unfolded_of(record.place):
+            send(record.endpoint, update.slot, round_.number, Kind.UPDATE, update.generation)
         if round_.status == "closing":
             self.send_close(job, round_.aggregators[record.place])
+
+    def send_again(self, seat: int) -> None:
+        """Send every update in a slot of this seat that is not folded yet; workers ignore what they have."""
+        for job in self._context.jobs.values():
+            round_ = job.round
+            if round_ is None or job.status != "running":
+                continue
+            for update in list(round_.in_slot.values()):
+                record = job.workers.get(update.aggregator)
+                if record is not None and record.assigned and self._context.seat_of(update.slot) == seat:
+                    self._context.send(record.endpoint, update.slot, round_.number, Kind.UPDATE, update.generation)
 
     def close_round(self, job: Job) -> None:
         """Have every place finish with the inputs that it has."""
@@ -230,10 +247,10 @@ class Workforce:
         if record is None or not record.assigned or place.delivered:
             return
         if place is round_.top and job.is_lent(round_.number + 1):
-            return  # somebody still reads the slot of the new model; sent when it is given back
+            return  # somebody still reads what the new model would overwrite; sent when it is given back
         if place is round_.top or place.updates:
             expected = round_.expected_inputs(place)
-            self._context.endpoint.send(record.endpoint, expected, round_.number, Kind.CLOSE)
+            self._context.send(record.endpoint, expected, round_.number, Kind.CLOSE)
 
     # --- ending --------------------------------------------------------------------------------------------
 
