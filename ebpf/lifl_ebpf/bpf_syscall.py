@@ -17,6 +17,8 @@ _MAP_UPDATE: Final = 2
 _MAP_DELETE: Final = 3
 _PROG_GET_NEXT_ID: Final = 11
 _MAP_GET_NEXT_ID: Final = 12
+_PROG_GET_FD_BY_ID: Final = 13
+_OBJ_GET_INFO_BY_FD: Final = 15
 _MAP_UPDATE_BATCH: Final = 26
 _ATTR_BYTES: Final = 120
 
@@ -123,3 +125,23 @@ def program_ids() -> list[int]:
 def map_ids() -> list[int]:
     """Ids of every BPF map in the kernel (needs CAP_SYS_ADMIN)."""
     return _identifiers(_MAP_GET_NEXT_ID)
+
+
+def program_map_ids(program: int) -> set[int]:
+    """Ids of the maps that the program of this id uses (needs CAP_SYS_ADMIN); empty when it is gone."""
+    try:
+        fd = _bpf(_PROG_GET_FD_BY_ID, struct.pack("<III", program, 0, 0))
+    except BpfError as error:
+        if error.errno == 2:
+            return set()
+        raise
+    try:
+        room = 64
+        ids = (ctypes.c_uint32 * room)()
+        # struct bpf_prog_info: nr_map_ids lies at 52, the pointer map_ids at 56
+        info = ctypes.create_string_buffer(64)
+        struct.pack_into("<IQ", info, 52, room, ctypes.addressof(ids))
+        _bpf(_OBJ_GET_INFO_BY_FD, struct.pack("<IIQ", fd, len(info), ctypes.addressof(info)))
+        return set(ids[: struct.unpack_from("<I", info, 52)[0]])
+    finally:
+        os.close(fd)

@@ -35,7 +35,7 @@ class Endpoint:
     the router how many descriptors it has read (None when the data plane needs none). It owns all three.
     """
 
-    __slots__ = ("_bounced", "_consumed", "_credit", "_far_stream", "_packets", "_page", "_stream", "closed",
+    __slots__ = ("_bounced", "_consumed", "_credit", "_far_stream", "_packets", "_page", "_poller", "_stream", "closed",
                  "far", "identifier", "near")  # fmt: skip
 
     def __init__(
@@ -52,6 +52,7 @@ class Endpoint:
         self._stream = DescriptorStream()
         self._far_stream = DescriptorStream()
         self._bounced: list[Descriptor] = []
+        self._poller: select.poll | None = None
         self._packets = near.type == socket.SOCK_SEQPACKET
 
     def fileno(self) -> int:
@@ -177,9 +178,13 @@ class Endpoint:
             return True
         if self.closed:
             raise Unavailable("the data plane hung up")
-        poller = select.poll()
-        for fd in (self.near.fileno(), self.far.fileno(), *others):
-            poller.register(fd, select.POLLIN)
+        poller = self._poller
+        if poller is None or others:
+            poller = select.poll()
+            for fd in (self.near.fileno(), self.far.fileno(), *others):
+                poller.register(fd, select.POLLIN)
+            if not others:
+                self._poller = poller
         return bool(poller.poll(None if timeout is None else timeout * 1000))
 
     def close(self) -> None:

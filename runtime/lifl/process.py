@@ -11,6 +11,7 @@ SUPERVISOR_VARIABLE: Final = "LIFL_SUPERVISOR"
 """Environment variable in which the supervisor names its pid to its children."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_LIBC: Final = ctypes.CDLL(None)
 
 
 def end_with_supervisor() -> None:
@@ -21,6 +22,11 @@ def end_with_supervisor() -> None:
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     if supervisor is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != int(supervisor):
-        os.kill(os.getpid(), signal.SIGTERM)
+    end_with_parent(int(supervisor), signal.SIGTERM)
+
+
+def end_with_parent(parent: int, signal_number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent, which has the pid `parent`, dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
+    if os.getppid() != parent:  # it had died before
+        os.kill(os.getpid(), signal_number)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from itertools import chain
 from typing import Final, NamedTuple
 
 PAGE: Final = 4096
@@ -132,8 +133,8 @@ _SEAL: Final = struct.Struct("<4sIQIIIIdd")
 _SEAL_KEY: Final = struct.Struct("<II")
 _CHECKSUM: Final = struct.Struct("<I")
 _SEAL_MAGIC: Final = b"LFS1"
-MAX_SEAL_BATCH: Final = 256
-"""Inputs that one seal can name."""
+MAX_SEAL_INPUTS: Final = 480
+"""Inputs that one seal can name: they fill its page."""
 
 
 class Seal(NamedTuple):
@@ -156,13 +157,14 @@ class Seal(NamedTuple):
     """Sum of the weights contained."""
     delta_weight: float
     """The part of `weight` that came as differences to the round's model."""
-    batch: tuple[InputKey, ...]
-    """The inputs added since the previous seal; those before it were already reported as FOLDED."""
+    recent: tuple[InputKey, ...]
+    """The newest inputs, oldest first, so many as a seal can name. Those before them have long been reported as
+    FOLDED; of these the report may have been lost with the agent or with the worker itself."""
 
     def pack_into(self, buffer: memoryview | bytearray, offset: int = 0) -> None:
-        """Write the seal and its checksum at `offset`. Raises `ValueError` when the batch is too long."""
-        if len(self.batch) > MAX_SEAL_BATCH:
-            raise ValueError(f"a seal names at most {MAX_SEAL_BATCH} inputs, not {len(self.batch)}")
+        """Write the seal and its checksum at `offset`. Raises `ValueError` when it names too many inputs."""
+        if len(self.recent) > MAX_SEAL_INPUTS:
+            raise ValueError(f"a seal names at most {MAX_SEAL_INPUTS} inputs, not {len(self.recent)}")
         body = bytearray(
             _SEAL.pack(
                 _SEAL_MAGIC,
@@ -171,23 +173,22 @@ class Seal(NamedTuple):
                 self.sequence,
                 self.inputs,
                 self.updates,
-                len(self.batch),
+                len(self.recent),
                 self.weight,
                 self.delta_weight,
             )
         )
-        for key in self.batch:
-            body += _SEAL_KEY.pack(*key)
+        body += struct.pack(f"<{2 * len(self.recent)}I", *chain.from_iterable(self.recent))
         buffer[offset : offset + len(body)] = body
         _CHECKSUM.pack_into(buffer, offset + len(body), zlib.crc32(body))
 
     @classmethod
     def unpack_from(cls, buffer: memoryview | bytes | bytearray, offset: int = 0) -> Seal | None:
         """Read the seal at `offset`; None when there is none or its checksum is wrong."""
-        magic, round_, nonce, sequence, inputs, updates, batch, weight, delta = _SEAL.unpack_from(buffer, offset)
-        if magic != _SEAL_MAGIC or batch > MAX_SEAL_BATCH:
+        magic, round_, nonce, sequence, inputs, updates, named, weight, delta = _SEAL.unpack_from(buffer, offset)
+        if magic != _SEAL_MAGIC or named > MAX_SEAL_INPUTS:
             return None
-        end = offset + _SEAL.size + batch * _SEAL_KEY.size
+        end = offset + _SEAL.size + named * _SEAL_KEY.size
         body = bytes(buffer[offset:end])
         if zlib.crc32(body) != _CHECKSUM.unpack_from(buffer, end)[0]:
             return None

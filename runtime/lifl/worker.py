@@ -25,7 +25,15 @@ from lifl.global_model import apply_server_optimizer
 from lifl.messages import PoolInfo, WorkerSpec, endpoint_role
 from lifl.model_layout import AccumulatorLayout, FoldPlan, ModelLayout, parse_header, plan_update
 from lifl.pool import MappedPool
-from lifl.slot import InputKey, Seal, UpdateHeader, erase_header, slot_reference, split_slot_reference
+from lifl.slot import (
+    MAX_SEAL_INPUTS,
+    InputKey,
+    Seal,
+    UpdateHeader,
+    erase_header,
+    slot_reference,
+    split_slot_reference,
+)
 
 EAGER_BATCH: Final = 4
 """Ready inputs that an eager fold waits for: from four on, a pass runs at the memory's read limit."""
@@ -165,7 +173,7 @@ class Worker:
         newest = max((seal for seal in first if seal), key=lambda seal: seal.sequence, default=None)
         self._assignment = Assignment(round_number, parent, newest, first.index(newest) if newest else 0)
         if newest is not None:
-            for key in newest.batch:
+            for key in newest.recent:
                 self._assignment.generations[key.slot] = key.generation
                 self._assignment.folded.add(key.slot)
         early, self._early = self._early, []
@@ -316,7 +324,7 @@ class Worker:
             + sum(item.partial.updates if item.partial else 1 for item in taken),
             weight=(before.weight if before else 0.0) + weight,
             delta_weight=(before.delta_weight if before else 0.0) + delta_weight,
-            batch=tuple(item.key for item in taken),
+            recent=_newest(before.recent if before else (), [item.key for item in taken]),
         )
         seal.pack_into(header)
         current.seal = seal
@@ -460,3 +468,12 @@ class Worker:
             )
             for array in range(self._spec.state_slots // 2)
         ]
+
+
+def _newest(recent: Sequence[InputKey], added: Sequence[InputKey]) -> tuple[InputKey, ...]:
+    """The newest inputs, one for each slot, so many as a seal can name."""
+    by_slot = {key.slot: key for key in recent}
+    for key in added:
+        by_slot.pop(key.slot, None)
+        by_slot[key.slot] = key
+    return tuple(by_slot.values())[-MAX_SEAL_INPUTS:]

@@ -27,7 +27,7 @@ from lifl.agent_client import AgentConnection, begin_join, complete_join, join  
 from lifl.errors import InvalidFunction, LiflError, Unavailable  # noqa: E402
 from lifl.function import AggregatorFunction, load_function  # noqa: E402
 from lifl.messages import Fork, Hello, WorkerSpec  # noqa: E402
-from lifl.process import end_with_supervisor  # noqa: E402
+from lifl.process import end_with_parent, end_with_supervisor  # noqa: E402
 from lifl.worker import Worker  # noqa: E402
 
 _RECONNECT_SECONDS: Final = 30.0
@@ -60,6 +60,8 @@ class Zygote:
         self._hello = hello
         self._function = function
         self._connection: AgentConnection
+        self._workers: set[int] = set()
+        """Pids of forked workers that have not been reaped."""
 
     def run(self) -> None:
         """Serve forks until SIGTERM, or until no agent comes back."""
@@ -69,11 +71,25 @@ class Zygote:
                 while True:
                     message, _ = self._connection.channel.receive()
                     if isinstance(message, Fork):
+                        self._reap(os.WNOHANG)
                         for spec in message.workers:
                             self._fork(spec)
             except LiflError as error:
                 log.info("agent lost (%s); joining the new one", error)
                 self._connection.close()
+                self._end_workers()
+
+    def _reap(self, options: int) -> None:
+        """Collect workers that have ended."""
+        for pid in list(self._workers):
+            if os.waitpid(pid, options)[0]:
+                self._workers.discard(pid)
+
+    def _end_workers(self) -> None:
+        """Make sure that no worker of the former agent still writes to accumulators that others will take over."""
+        for pid in self._workers:
+            os.kill(pid, signal.SIGKILL)
+        self._reap(0)
 
     def _join(self) -> None:
         end = time.monotonic() + _RECONNECT_SECONDS
@@ -91,12 +107,15 @@ class Zygote:
         if self._function is None:
             return
         channel = begin_join(self._agent_socket, Hello("worker", ticket=spec.ticket))
-        if os.fork():
+        zygote = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._workers.add(pid)
             channel.close()
             return
         status = 1
         try:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            end_with_parent(zygote, signal.SIGKILL)
             self._connection.close()
             Worker(complete_join(channel, "worker"), self._function).run()
             status = 0
@@ -117,7 +136,6 @@ def main() -> None:
     options = parser.parse_args()
     end_with_supervisor()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
     function = None
     failure = ""

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.request import urlopen
@@ -256,8 +255,11 @@ class LiveNode:
 
     # --- what the node says ---
 
-    def client(self, job: str, name: str = "observer", *, retries: int = 8, timeout: float = 30.0) -> Client:
-        return Client(self.address, job, name, retries=retries, timeout=timeout)
+    def client(self, job: str, name: str = "observer", *, retries: int = 100, timeout: float = 30.0) -> Client:
+        """A client that repeats more often, and after shorter pauses, than one out of the box."""
+        client = Client(self.address, job, name, retries=retries, timeout=timeout)
+        client._sleep = lambda seconds: time.sleep(min(seconds, 0.2))
+        return client
 
     def describe(self, job: str) -> dict[str, Any]:
         with self.client(job) as client:
@@ -349,8 +351,8 @@ def create_job(node: LiveNode, job: str, model: Tensors, **spec: Any) -> None:
         client.upload_model(model)
 
 
-def submit(node: LiveNode, job: str, round_: Round, client: int, number: int = 1, retries: int = 8) -> Submission:
-    with node.client(job, f"client-{client}", retries=retries) as connection:
+def submit(node: LiveNode, job: str, round_: Round, client: int, number: int = 1) -> Submission:
+    with node.client(job, f"client-{client}") as connection:
         return connection.submit(round_.bodies[client], num_samples=round_.weights[client], round=number)
 
 
@@ -361,12 +363,11 @@ def submit_all(
     clients: Iterable[int] | None = None,
     number: int = 1,
     threads: int = 8,
-    retries: int = 8,
 ) -> list[Submission]:
     """Submit from many threads at once, and return what became of each."""
     with ThreadPoolExecutor(threads) as pool:
         chosen = round_.clients if clients is None else clients
-        return list(pool.map(lambda client: submit(node, job, round_, client, number, retries), chosen))
+        return list(pool.map(lambda client: submit(node, job, round_, client, number), chosen))
 
 
 def model_after(node: LiveNode, job: str, number: int, seconds: float = PATIENCE) -> dict[str, NDArray[Any]]:
@@ -420,12 +421,23 @@ def head(path: str, headers: Mapping[str, str], length: int | None) -> bytes:
 
 
 def read_answer(sock: socket.socket) -> Answer:
-    """One answer with a length."""
-    response = HTTPResponse(sock)
-    response.begin()
-    body = response.read()
-    names = {name.lower(): value for name, value in response.getheaders()}
-    return Answer(response.status, json.loads(body) if body else {}, names)
+    """One answer that has a length, and not a byte of what follows it."""
+    received = bytearray()
+    while not received.endswith(b"\r\n\r\n"):
+        received += _receive(sock, 1)
+    status, *lines = received.decode("latin-1").rstrip().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    body = _receive(sock, int(headers["content-length"]))
+    return Answer(int(status.split()[1]), json.loads(body) if body else {}, headers)
+
+
+def _receive(sock: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        piece = sock.recv(size - len(received))
+        assert piece, f"the connection ended after {received!r}"
+        received += piece
+    return received
 
 
 def post_update(

@@ -240,7 +240,7 @@ def test_200_clients_at_once_share_8_slots(shared_node: LiveNode) -> None:
     model = {"weight": np.zeros((300, 300), np.float32)}
     create_job(shared_node, "crowd", model, goal=200, slots=8)
     round_ = make_round(model, 200)
-    outcomes = submit_all(shared_node, "crowd", round_, threads=200, retries=40)
+    outcomes = submit_all(shared_node, "crowd", round_, threads=200)
     assert {outcome.status for outcome in outcomes} == {"accepted"}
     assert_mean(model_after(shared_node, "crowd", 1), round_.updates, round_.weights)
     shared_node.assert_all_slots_free("crowd")
@@ -409,7 +409,7 @@ def test_the_same_update_twice_at_once_counts_once(shared_node: LiveNode) -> Non
     barrier = threading.Barrier(2 * clients)
 
     def send(number: int) -> str:
-        with shared_node.client("twins", f"client-{number}", retries=20) as client:
+        with shared_node.client("twins", f"client-{number}") as client:
             client.describe()
             barrier.wait(PATIENCE)
             return client.submit(round_.bodies[number], num_samples=round_.weights[number], round=1).status
@@ -445,7 +445,7 @@ def test_two_gateways_share_port_and_slots(make_node: Callable[..., LiveNode]) -
     # Lazily all updates of a round lie in memory at once: every slot of both gateways is needed.
     create_job(node, "store", SMALL, goal=8, slots=8, timing="lazy")
     for number in (1, 2, 3):
-        run_round(node, "store", SMALL, 8, number, retries=25)
+        run_round(node, "store", SMALL, 8, number)
 
 
 def test_a_node_that_was_stopped_goes_on_with_round_and_model(make_node: Callable[..., LiveNode]) -> None:
@@ -513,7 +513,7 @@ def test_a_node_whose_supervisor_is_killed_ends_and_starts_again(
             assert_mean(result, round_.updates, round_.weights)
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        process.wait(20)
 
 
 # --- a hostile function --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from lifl.descriptor import Descriptor, Kind
 from lifl.endpoint import Endpoint
 from lifl.errors import LiflError, Unavailable
 from lifl.messages import (
+    Abandon,
     Acknowledged,
     AcquireModel,
     Admit,
@@ -323,6 +324,8 @@ class FakeCoordinator:
                 return None
             case Admit():
                 return self._judge(question) or Verdict("open", self.states[job].round)
+            case Abandon():
+                return Acknowledged()
             case Commit():
                 return self._judge(question) or self._accept_update(question)
             case BusySlots():

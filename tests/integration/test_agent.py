@@ -34,7 +34,7 @@ from lifl.messages import (
     WorkerEnded,
 )
 from lifl.pool import MappedPool
-from lifl_ebpf.bpf_syscall import map_ids, program_ids
+from lifl_ebpf.bpf_syscall import map_ids, program_ids, program_map_ids
 from lifl_ebpf.preflight import ebpf_reason
 
 from tests.integration.agent_process import (
@@ -556,21 +556,28 @@ def test_sixty_four_workers_join_and_are_reached(agent: AgentProcess) -> None:
 def test_nothing_is_left_in_the_kernel_or_in_shared_memory_after_the_last_process(
     tmp_path: Path, data_plane: str
 ) -> None:
-    def state() -> tuple[set[int], set[int], set[str], set[str]]:
-        ids = (set(program_ids()), set(map_ids())) if data_plane == "ebpf" else (set[int](), set[int]())
-        mounts = set(Path("/proc/mounts").read_text().splitlines())
-        return *ids, set(os.listdir("/dev/shm")), mounts
-
-    before = state()
+    files, mounts = set(os.listdir("/dev/shm")), Path("/proc/mounts").read_text()
     agent = AgentProcess(tmp_path, data_plane)
     coordinator, zygote = agent.coordinator(), agent.zygote()
     os.close(create_pool(coordinator, pool_info(0, "updates")))
     agent.worker(coordinator, zygote)
-    if data_plane == "ebpf":
-        assert state()[0] > before[0]
+    maps = maps_of(agent.process.pid)
+    programs = {program for program in program_ids() if program_map_ids(program) & maps} if maps else set()
+    assert len(programs) == (data_plane == "ebpf")
     agent.kill()
+    assert programs <= set(program_ids())  # the sockets of the living processes keep it
     agent.stop()
-    eventually(lambda: all(now <= then for now, then in zip(state(), before, strict=True)))
+    eventually(lambda: not programs & set(program_ids()) and not maps & set(map_ids()))
+    assert set(os.listdir("/dev/shm")) <= files
+    assert Path("/proc/mounts").read_text() == mounts
+
+
+def maps_of(pid: int) -> set[int]:
+    """Ids of the BPF maps that a process has open."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+        found |= {int(line.split()[1]) for line in entry.read_text().splitlines() if line.startswith("map_id:")}
+    return found
 
 
 def test_the_preflight_names_what_is_missing() -> None:

@@ -227,7 +227,7 @@ def test_an_idle_job_keeps_no_worker_and_no_memory_and_wakes_up_again(platform: 
         assert_close(platform.model(), updates, [1.0] * 2)
         until(lambda: not platform.workers(), what="end of the workers")
         memory = platform.pools[platform.updates_pool]
-        until(lambda: platform.pool_pages(memory) == 0, what="return of the memory")
+        until(lambda pool=memory: platform.pool_pages(pool) == 0, what="return of the memory")
 
 
 def test_a_restarted_coordinator_goes_on_with_the_right_round(platform: Platform):
@@ -347,3 +347,23 @@ def test_an_optimiser_goes_on_after_a_restart_as_if_nothing_had_happened(tmp_pat
                     until(lambda: platform.take_pools() or platform.updates_pool in platform.pools)
             results.append(platform.model())
     assert np.array_equal(*results)
+
+
+def test_reports_lost_with_the_agent_do_not_have_updates_counted_twice(platform: Platform):
+    """The agent dies again and again while workers fold; what they had sealed is never folded anew."""
+    platform.create_job(MODEL, goal=30)
+    updates = [random_update(client) for client in range(30)]
+    weights = [1.0 + client for client in range(30)]
+    for client in range(30):
+        platform.submit(str(client), updates[client].tobytes(), num_samples=weights[client])
+        if client % 7 == 6:
+            agent = platform.processes["agent"]
+            agent.kill()
+            agent.wait()
+            agent.stdout.close()
+            platform.start_agent()
+            platform.rejoin()
+    state = platform.wait_for_round(2)
+    assert state.status == "running", state.detail
+    assert_close(platform.model(), updates, weights)
+    platform.wait_for_all_slots()

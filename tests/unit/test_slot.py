@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lifl.slot import (
     MAX_CLIENT_ID_BYTES,
     MAX_POOLS,
-    MAX_SEAL_BATCH,
+    MAX_SEAL_INPUTS,
     MAX_SLOTS,
     PAGE,
     InputKey,
@@ -25,7 +25,7 @@ u64 = st.integers(0, 2**64 - 1)
 weights = st.floats(allow_nan=False)
 seals = st.builds(
     Seal, u64, u32, u32, u32, u32, weights, weights,
-    st.lists(st.builds(InputKey, u32, u32), max_size=MAX_SEAL_BATCH).map(tuple),
+    st.lists(st.builds(InputKey, u32, u32), max_size=MAX_SEAL_INPUTS).map(tuple),
 )  # fmt: skip
 headers = st.builds(
     UpdateHeader,
@@ -81,13 +81,13 @@ def test_a_seal_survives_the_round_trip(seal: Seal, offset: int) -> None:
 
 
 def test_a_seal_with_too_many_inputs_is_an_error() -> None:
-    seal = Seal(1, 1, 1, 1, 1, 1.0, 0.0, tuple(InputKey(k, 0) for k in range(MAX_SEAL_BATCH + 1)))
+    seal = Seal(1, 1, 1, 1, 1, 1.0, 0.0, tuple(InputKey(k, 0) for k in range(MAX_SEAL_INPUTS + 1)))
     with pytest.raises(ValueError, match="at most"):
         seal.pack_into(bytearray(PAGE))
 
 
 def test_a_full_seal_fits_the_header_page() -> None:
-    seal = Seal(1, 1, 1, 1, 1, 1.0, 0.0, tuple(InputKey(k, 0) for k in range(MAX_SEAL_BATCH)))
+    seal = Seal(1, 1, 1, 1, 1, 1.0, 0.0, tuple(InputKey(k, 0) for k in range(MAX_SEAL_INPUTS)))
     page = bytearray(PAGE)
     seal.pack_into(page)
     assert len(page) == PAGE
