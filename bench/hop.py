@@ -5,7 +5,7 @@
 Compares, alternating within each repeat, on one processor and on two:
 
 * `bare`: an SK_MSG program that does nothing but redirect by the first u32; plain send and recv
-* `router`: the router of LIFL (stamp, policy, credit, counters) and the store to the credit page; plain send and recv
+* `router`: the router of LIFL (stamp, policy, credit, counters) and the store to the credit page; send and recv
 * `endpoint`: the same router, used as the platform does: `Endpoint.send`, `wait`, `receive`
 * `unix`: the same through the agent of the unix data plane, which moves the descriptors itself
 
@@ -19,6 +19,8 @@ import contextlib
 import json
 import mmap
 import os
+import signal
+import socket
 import statistics
 import struct
 import sys
@@ -33,8 +35,8 @@ from lifl.endpoint import Endpoint
 from lifl.slot import PAGE
 from lifl_ebpf.bpf_syscall import map_update
 from lifl_ebpf.compiler import EbpfUnavailable, compile_router
-from lifl_ebpf.interface import EndpointSockets, Router
-from lifl_ebpf.router import EbpfRouter, _tcp_pair
+from lifl_ebpf.interface import EndpointSockets
+from lifl_ebpf.router import EbpfRouter, tcp_pair
 from lifl_gateway.poller import Poller
 from lifl_gateway.unix_router import UnixRouter
 
@@ -66,7 +68,7 @@ def bare() -> Iterator[tuple[Loop, Loop]]:
         source = Path(directory, "bare.c")
         source.write_text(BARE)
         (sockets,) = compile_router(0, 16, source, ("sockets",))
-    pairs = [_tcp_pair(), _tcp_pair()]
+    pairs = [tcp_pair(), tcp_pair()]
     for name, (near, _) in zip((PING, PONG), pairs, strict=True):
         map_update(sockets, struct.pack("<I", name), struct.pack("<I", near.fileno()))
     to_pong, to_ping = (encode(name, 0, 0, Kind.UPDATE) for name in (PONG, PING))
@@ -96,7 +98,7 @@ def as_endpoint(name: int, sockets: EndpointSockets) -> Endpoint:
     return Endpoint(name, sockets.near, sockets.far, page)
 
 
-def endpoints(router: Router) -> tuple[Endpoint, Endpoint]:
+def endpoints(router: EbpfRouter) -> tuple[Endpoint, Endpoint]:
     """Two endpoints that may talk to each other."""
     pair = as_endpoint(PING, router.add_endpoint(PING)), as_endpoint(PONG, router.add_endpoint(PONG))
     router.allow(PING, PONG)
@@ -162,22 +164,40 @@ def kernel(make: Callable[[Endpoint, Endpoint], tuple[Loop, Loop]]) -> Iterator[
 
 @contextlib.contextmanager
 def unix() -> Iterator[tuple[Loop, Loop]]:
-    """Loops over the router of the unix data plane, in a process of its own like the agent."""
-    poller = Poller()
-    router = UnixRouter(poller)
-    pair = endpoints(router)
+    """Loops over the router of the unix data plane, which runs in a process of its own like the agent."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            poller.run()
+            serve_unix(theirs)
         os._exit(0)
-    router.close()
-    poller.close()
-    yield endpoint_loops(*pair)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    for endpoint in pair:
-        endpoint.close()
+    theirs.close()
+    _, fds, _, _ = socket.recv_fds(ours, 1, 6)
+    ours.close()
+    pair = [
+        as_endpoint(name, EndpointSockets(socket.socket(fileno=near), socket.socket(fileno=far), credit))
+        for name, (near, far, credit) in zip((PING, PONG), (fds[:3], fds[3:]), strict=True)
+    ]
+    try:
+        yield endpoint_loops(*pair)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for endpoint in pair:
+            endpoint.close()
+
+
+def serve_unix(channel: socket.socket) -> None:
+    """Route between two endpoints until killed; their file descriptors go to `channel`."""
+    poller = Poller()
+    router = UnixRouter(poller)
+    sockets = [router.add_endpoint(PING), router.add_endpoint(PONG)]
+    router.allow(PING, PONG)
+    router.allow(PONG, PING)
+    socket.send_fds(channel, [b"!"], [fd for each in sockets for fd in each.filenos()])
+    for each in sockets:
+        each.close()
+    poller.run()
 
 
 def microseconds(ask: Loop, answer: Loop, count: int, processors: tuple[int, int]) -> float:

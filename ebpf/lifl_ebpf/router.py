@@ -104,7 +104,7 @@ class EbpfRouter:
         with contextlib.ExitStack() as undo:
             undo.callback(self._free.append, index)
             undo.callback(os.close, credit_fd)
-            near, far = _tcp_pair()
+            near, far = tcp_pair()
             undo.callback(near.close)
             undo.callback(far.close)
             self._clear(index)
@@ -224,7 +224,7 @@ def _packed(numbers: list[int]) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
-def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
     """Two connected TCP sockets on loopback; the listener between them lives for this call only."""
     with contextlib.ExitStack() as undo:
         listener = undo.enter_context(socket.socket())

@@ -191,8 +191,8 @@ class Agent:
                     self._handle(peer, message, fds)
         except BlockingIOError:
             return
-        except (ProtocolError, Unavailable):
-            self._disconnect(peer)
+        except (ProtocolError, Unavailable, RecursionError, OSError):
+            self._disconnect(peer)  # one process's fault or bad luck (nesting, file descriptors), not the node's
 
     def _handle(self, peer: Peer, message: ToAgent, fds: list[int]) -> None:
         """Serve one message; `fds` are closed here unless a pool takes one."""
@@ -477,7 +477,8 @@ class Agent:
             peer = self._peers.get(endpoint)
             if peer is None or peer.role != "worker":
                 continue  # it has just died: `Left` is on its way
-            if peer.stopping:
+            # A worker whose connection its zygote has made is known by the pid of that one, which must live.
+            if peer.stopping and all(other.pid != peer.pid for other in self._peers.values() if other is not peer):
                 with contextlib.suppress(OSError):
                     os.kill(peer.pid, signal.SIGKILL)
             peer.stopping = True

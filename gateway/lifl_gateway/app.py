@@ -229,6 +229,8 @@ class _Views:
         state = self._state(job)
         if state.status != "running":
             state = self._ask_state(job)
+        if state.status == "waiting-for-model" and state.model_round:
+            raise Busy("Starting", f"job {job!r} is being restored; try again in a moment")
         if state.status == "waiting-for-model":
             raise Refused(409, "No model yet", f"PUT /v1/jobs/{job}/model first")
         if state.status != "running":

@@ -244,7 +244,8 @@ class RequestHandler(WSGIRequestHandler):
         # Without a length only the end of the connection ends the body.
         if "content-length" not in names and response.status[:3] not in _BODILESS and self.command != "HEAD":
             self.close_connection = True
-        if self.server.is_stopping:
+        # Another gateway on this port may have a free slot: a new connection may reach it.
+        if self.server.is_stopping or response.status.startswith("503"):
             self.close_connection = True
         lines = [f"HTTP/1.1 {response.status}"]
         lines += [f"{name}: {value}" for name, value in response.headers if name.lower() != "connection"]

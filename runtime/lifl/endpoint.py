@@ -35,8 +35,20 @@ class Endpoint:
     the router how many descriptors it has read (None when the data plane needs none). It owns all three.
     """
 
-    __slots__ = ("_bounced", "_consumed", "_credit", "_far_stream", "_packets", "_page", "_poller", "_stream", "closed",
-                 "far", "identifier", "near")  # fmt: skip
+    __slots__ = (
+        "_bounced",
+        "_consumed",
+        "_credit",
+        "_far_stream",
+        "_packets",
+        "_page",
+        "_poller",
+        "_stream",
+        "closed",
+        "far",
+        "identifier",
+        "near",
+    )
 
     def __init__(
         self, identifier: int, near: socket.socket, far: socket.socket, credit_page: mmap.mmap | None = None

@@ -386,8 +386,8 @@ class AcquireModel(Message):
 
 
 class ModelSource(Message):
-    """Where the bytes of the model are: in the file `path`, which never changes; or, while that is not yet
-    written, in slot `slot` of the job's aggregates pool, lent until `ReturnModel` or the gateway's end."""
+    """Where the bytes of the model are: in the file `path`, or, while that is not yet written, in slot `slot` of
+    the job's aggregates pool. Both stay as they are until `ReturnModel` or the end of the connection."""
 
     round: int
     path: str
@@ -475,6 +475,7 @@ class JobState(Message):
 
     job: str
     status: Literal["waiting-for-model", "running", "complete", "deleted", "failed"]
+    """`waiting-for-model` with a `model_round` is a job that is being restored: its updates are taken soon."""
     round: int
     """The open round; 0 before the model is there."""
     model_round: int

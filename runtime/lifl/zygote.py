@@ -8,6 +8,7 @@ It stays single-threaded, so that a fork copies a whole process, and does nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -65,13 +66,13 @@ class Zygote:
 
     def run(self) -> None:
         """Serve forks until SIGTERM, or until no agent comes back."""
+        signal.signal(signal.SIGCHLD, lambda *_: self._reap(os.WNOHANG))
         while True:
             self._join()
             try:
                 while True:
                     message, _ = self._connection.channel.receive()
                     if isinstance(message, Fork):
-                        self._reap(os.WNOHANG)
                         for spec in message.workers:
                             self._fork(spec)
             except LiflError as error:
@@ -80,16 +81,21 @@ class Zygote:
                 self._end_workers()
 
     def _reap(self, options: int) -> None:
-        """Collect workers that have ended."""
+        """Collect workers that have ended. It is also the handler of SIGCHLD, which may come in its midst."""
         for pid in list(self._workers):
-            if os.waitpid(pid, options)[0]:
-                self._workers.discard(pid)
+            with contextlib.suppress(ChildProcessError):
+                if not os.waitpid(pid, options)[0]:
+                    continue
+            self._workers.discard(pid)
 
     def _end_workers(self) -> None:
         """Make sure that no worker of the former agent still writes to accumulators that others will take over."""
+        # While the handler is off no pid here can be another process's.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         for pid in self._workers:
             os.kill(pid, signal.SIGKILL)
         self._reap(0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
     def _join(self) -> None:
         end = time.monotonic() + _RECONNECT_SECONDS
@@ -111,10 +117,12 @@ class Zygote:
         pid = os.fork()
         if pid:
             self._workers.add(pid)
+            self._reap(os.WNOHANG)  # its SIGCHLD may have come before its pid was known here
             channel.close()
             return
         status = 1
         try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_with_parent(zygote, signal.SIGKILL)
             self._connection.close()
             Worker(complete_join(channel, "worker"), self._function).run()

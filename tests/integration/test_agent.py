@@ -230,6 +230,7 @@ def test_garbage_on_the_control_socket_ends_that_connection_only(agent: AgentPro
         b'{"type":"Welcome","endpoint":1}',
         b'{"type":"Hello","role":"zygote"}',
     ]
+    packets += [b'{"a":' + b"[" * 100_000, b'{"type":"Hello","role":' + b"[" * 100_000]
     packets += [choose.randbytes(choose.randrange(1, 500)) for _ in range(50)]
     for packet in packets:
         with raw(agent) as sock:
@@ -498,25 +499,28 @@ def test_asking_twice_for_a_pool_gives_the_same_memory_and_another_pool_of_that_
 
 
 def test_a_new_agent_adopts_the_memory_of_the_killed_one(tmp_path: Path, data_plane: str) -> None:
-    old = AgentProcess(tmp_path, data_plane)
     info = pool_info(0, "updates")
-    with MappedPool(info, create_pool(old.coordinator(), info), keep_fd=True) as pool:
-        pool.payload(1, 4)[:] = b"kept"
+    old = AgentProcess(tmp_path, data_plane)
+    try:
+        handle = create_pool(old.coordinator(), info)
         old.kill()
+    finally:
         old.stop()
-        new = AgentProcess(tmp_path, data_plane)
-        try:
+    new = AgentProcess(tmp_path, data_plane)
+    try:
+        with MappedPool(info, handle, keep_fd=True) as pool:
+            pool.payload(1, 4)[:] = b"kept"
             coordinator, gateway = new.coordinator(), new.gateway()
             wrong = pool_info(5, "updates", slots=3)
             done, _ = request(coordinator, lambda number: CreatePool(number, wrong), (pool.fd,))
             assert "not the memory" in done.error
             os.close(create_pool(coordinator, info, pool.fd))
-            added, (handle,) = receive(gateway, PoolAdded)
+            added, (other,) = receive(gateway, PoolAdded)
             assert added.info == info
-            with MappedPool(info, handle) as at_gateway:
+            with MappedPool(info, other) as at_gateway:
                 assert bytes(at_gateway.payload(1, 4)) == b"kept"
-        finally:
-            new.stop()
+    finally:
+        new.stop()
 
 
 # --- what is left ----------------------------------------------------------------------------------------------
@@ -558,15 +562,17 @@ def test_nothing_is_left_in_the_kernel_or_in_shared_memory_after_the_last_proces
 ) -> None:
     files, mounts = set(os.listdir("/dev/shm")), Path("/proc/mounts").read_text()
     agent = AgentProcess(tmp_path, data_plane)
-    coordinator, zygote = agent.coordinator(), agent.zygote()
-    os.close(create_pool(coordinator, pool_info(0, "updates")))
-    agent.worker(coordinator, zygote)
-    maps = maps_of(agent.process.pid)
-    programs = {program for program in program_ids() if program_map_ids(program) & maps} if maps else set()
-    assert len(programs) == (data_plane == "ebpf")
-    agent.kill()
-    assert programs <= set(program_ids())  # the sockets of the living processes keep it
-    agent.stop()
+    try:
+        coordinator, zygote = agent.coordinator(), agent.zygote()
+        os.close(create_pool(coordinator, pool_info(0, "updates")))
+        agent.worker(coordinator, zygote)
+        maps = maps_of(agent.process.pid)
+        programs = {program for program in program_ids() if program_map_ids(program) & maps} if maps else set()
+        assert len(programs) == (data_plane == "ebpf")
+        agent.kill()
+        assert programs <= set(program_ids())  # the sockets of the living processes keep it
+    finally:
+        agent.stop()
     eventually(lambda: not programs & set(program_ids()) and not maps & set(map_ids()))
     assert set(os.listdir("/dev/shm")) <= files
     assert Path("/proc/mounts").read_text() == mounts

@@ -226,8 +226,13 @@ def test_an_unknown_job_is_not_found(node):
 
 @pytest.mark.parametrize("status", ["waiting-for-model", "complete", "failed"])
 def test_a_job_that_does_not_run_takes_no_updates(node, status):
-    node.coordinator.change(JOB, status=status)
+    node.coordinator.change(JOB, status=status, model_round=0 if status == "waiting-for-model" else 1)
     assert problem_of(node.post())["status"] == 409
+
+
+def test_a_job_that_is_being_restored_asks_for_patience(node):
+    node.coordinator.change(JOB, status="waiting-for-model")
+    assert problem_of(node.post())["status"] == 503
 
 
 @pytest.mark.parametrize("nbytes", [0, 9])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from lifl.control.hierarchy import Hierarchy
+from lifl.control.job import Job
 from lifl.control.job_store import JobStore
 from lifl.control.round import Round
 from lifl.errors import LiflError
@@ -57,15 +58,27 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(store: JobStore):
     assert [path.name for path in store.checkpoint_path(1).parent.iterdir()] == ["round-00000001.safetensors"]
 
 
-def test_only_the_newest_checkpoints_are_kept(store: JobStore):
+def test_deleted_checkpoints_take_their_optimiser_state_with_them(store: JobStore):
     for number in range(1, 6):
         store.write(store.checkpoint_path(number), [b"x"])
         store.write(store.state_path(number), [b"y"])
-    store.prune(2)
+    store.delete_checkpoints([1, 2, 3, 9])
     assert store.rounds() == [4, 5]
     assert not store.state_path(3).exists()
-    store.prune(0)
-    assert store.rounds() == [4, 5]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, []), (2, [5]), (3, [4, 5]), (0, [1, 2, 3, 4, 5])])
+def test_a_job_keeps_so_many_checkpoints_with_the_one_to_come(store: JobStore, keep: int, left: list[int]):
+    job = Job(JobSpec("job", "fedavg", 3, keep_checkpoints=keep), store, checkpoints=[1, 2, 3, 4, 5])
+    retired = job.retire_checkpoints()
+    assert job.checkpoints == left
+    assert sorted(retired + left) == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_that_somebody_reads_is_kept_for_now(store: JobStore):
+    job = Job(JobSpec("job", "fedavg", 3, keep_checkpoints=1), store, checkpoints=[1, 2], file_leases={7: 1})
+    assert job.retire_checkpoints() == [2]
+    assert job.checkpoints == [1]
 
 
 def test_a_deleted_job_keeps_its_checkpoints_under_another_name(store: JobStore, tmp_path: Path):

@@ -234,10 +234,13 @@ class Coordinator:
 
     def _restore(self, job: Job) -> None:
         rounds = job.store.rounds()
+        if rounds:
+            # Its newest model can be had at once, from the disk; updates are taken when the job runs.
+            job.model_round = job.checkpointed_round = rounds[-1]
+            job.checkpoints = rounds
+            read_layout(job, rounds[-1])
         if rounds and job.spec.rounds and rounds[-1] > job.spec.rounds:
             job.status = "complete"
-            job.model_round = job.checkpointed_round = rounds[-1]
-            read_layout(job, rounds[-1])
             return
         self._workforce.need_function(job.spec.function)
         if rounds:

@@ -128,6 +128,8 @@ class GatewayRequests:
 
     def _find_open_round(self, name: str) -> tuple[Job, Round]:
         job = self._find(name)
+        if job.status == "waiting-for-model" and job.model_round:
+            raise Refused(503, "job is starting", f"job {name!r} is being restored; try again in a moment")
         if job.status == "waiting-for-model":
             raise Refused(
                 409, "no model yet", f"job {name!r} has no initial model; PUT /v1/jobs/{name}/model first"

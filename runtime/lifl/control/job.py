@@ -86,6 +86,10 @@ class Job:
     """By place."""
     leases: dict[int, int] = field(default_factory=dict)
     """Model slot of each lease."""
+    file_leases: dict[int, int] = field(default_factory=dict)
+    """Round of the checkpoint file of each lease."""
+    checkpoints: list[int] = field(default_factory=list)
+    """Rounds whose starting model can be had from the disk, ascending."""
     last_activity: float = 0.0
     places: int = 1
     """Places in the tree that there is memory for."""
@@ -134,6 +138,18 @@ class Job:
         if self.model_slot(round_number) in self.leases.values():
             return True
         return bool(self.state_arrays) and any((other - round_number) % 2 == 0 for other in self.checkpointing)
+
+    def retire_checkpoints(self) -> list[int]:
+        """Take the rounds from the list whose checkpoints are not to be kept once there is one more.
+
+        One that somebody reads stays for this time.
+        """
+        keep = self.spec.keep_checkpoints
+        surplus = self.checkpoints[: max(0, len(self.checkpoints) + 1 - keep)] if keep else []
+        read = set(self.file_leases.values())
+        retired = [number for number in surplus if number not in read]
+        self.checkpoints = [number for number in self.checkpoints if number not in retired]
+        return retired
 
     def pool_infos(self, pool: int, cores: int, gateways: int) -> tuple[PoolInfo, PoolInfo]:
         """Dimension the two pools (ids `pool` and `pool + 1`). Raises `Refused` 422/507 when they cannot fit."""

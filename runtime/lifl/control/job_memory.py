@@ -127,6 +127,7 @@ class JobMemory:
             problem = Problem(409, "job is deleted", "it was deleted before its model was in place")
         if problem is None:
             job.model_round = job.checkpointed_round = installation.round_number
+            job.checkpoints = job.store.rounds()
         else:
             self.drop(job)
         self._end(job, installation.then, problem)

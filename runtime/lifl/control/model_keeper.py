@@ -34,6 +34,8 @@ class _Checkpoint:
     """Keeps the model where it is until it is written."""
     state: list[memoryview]
     """The optimiser's arrays."""
+    retired: list[int]
+    """Rounds whose checkpoints are deleted once this one is there."""
     offer: Callable[[], None]
     """Called once the model is written if the job's durability is `sync`."""
 
@@ -58,6 +60,7 @@ class ModelKeeper:
     def give_back(self, job: Job, lease: int) -> None:
         """End a lease; what waited for it goes on."""
         job.leases.pop(lease, None)
+        job.file_leases.pop(lease, None)
         if job.round is not None and job.round.status == "closing":
             self._workforce.send_close(job, job.round.top)
         self.finish_if_complete(job)
@@ -79,12 +82,14 @@ class ModelKeeper:
         number = round_number or job.model_round
         assert job.layout is not None
         header, payload = len(job.layout.header), job.layout.payload_bytes
-        path = job.store.checkpoint_path(number)
+        if number in job.checkpoints:
+            self._lease_numbers += 1
+            job.file_leases[self._lease_numbers] = number
+            path = str(job.store.checkpoint_path(number))
+            return ModelSource(number, path, self._lease_numbers, 0, header, payload)
         if number <= job.checkpointed_round:
-            if not path.exists():
-                oldest = min(job.store.rounds(), default=job.model_round)
-                raise Refused(404, "no such model", f"round {number} is not kept; kept from round {oldest}")
-            return ModelSource(number, str(path), 0, 0, header, payload)
+            oldest = min(job.checkpoints, default=job.model_round)
+            raise Refused(404, "no such model", f"round {number} is not kept; kept from round {oldest}")
         if number != job.model_round:
             raise Refused(404, "no such model", f"round {number} has not begun; the newest is {job.model_round}")
         lease = self.lend(job, number)
@@ -105,7 +110,7 @@ class ModelKeeper:
         if job.spec.durability == "async":
             offer()
         state = [memory.payload(job.state_slot(array, following)) for array in range(job.state_arrays)]
-        checkpoint = _Checkpoint(job, round_, following, lease, state, offer)
+        checkpoint = _Checkpoint(job, round_, following, lease, state, job.retire_checkpoints(), offer)
         self._context.background.put(partial(self._write, checkpoint))
 
     def _write(self, checkpoint: _Checkpoint) -> Continuation:
@@ -116,13 +121,14 @@ class ModelKeeper:
         header = job.layout.header
         model = job.pools.memory.payload(job.model_slot(following), job.layout.payload_bytes)
         error = ""
+        store = job.store
         try:
             if checkpoint.state:
-                job.store.write(job.store.state_path(following), checkpoint.state)
+                store.write(store.state_path(following), checkpoint.state)
             parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little"), header, model]
-            job.store.write(job.store.checkpoint_path(following), parts)
-            job.store.append_round(checkpoint.round_)
-            job.store.prune(job.spec.keep_checkpoints)
+            store.write(store.checkpoint_path(following), parts)
+            store.append_round(checkpoint.round_)
+            store.delete_checkpoints(checkpoint.retired)
         except OSError as failure:
             error = f"checkpoint of round {following} not written: {failure}"
         finally:
@@ -139,6 +145,7 @@ class ModelKeeper:
             log.error("job %s: %s", job.spec.name, error)
         else:
             job.checkpointed_round = checkpoint.following
+            job.checkpoints.append(checkpoint.following)
         if job.spec.durability == "sync" and job.status == "running":
             if error:  # a model that might be forgotten again is not to be seen
                 self._workforce.fail(job, error)
