@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Final
 
+from lifl.capabilities import CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN, effective_capabilities
+
 from lifl_ebpf.bpf_syscall import SOCKHASH, BpfError, map_create
-from lifl_ebpf.capabilities import CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN, effective_capabilities
 
 OLDEST_KERNEL: Final = (5, 13)
 """Batched updates of maps in maps; socket storage in SK_MSG and mappable arrays are older."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from lifl.agent_client import join
+from lifl.capabilities import drop_capabilities
 from lifl.errors import InvalidInput
 from lifl.messages import Hello
 from lifl.process import end_with_supervisor
@@ -41,6 +42,7 @@ def main() -> int:
     except (InvalidInput, OSError) as error:
         print(f"gateway: {error}", file=sys.stderr)
         return _CANNOT_START
+    drop_capabilities()  # the port is bound, no thread is there yet, and the rest needs no privilege
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: gateway.stop())
     gateway.start()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
+from lifl.capabilities import CAP_BPF, CAP_NET_ADMIN, drop_capabilities
 from lifl.control_channel import MAX_FDS, ControlChannel, close_fds, listen, peer_credentials
 from lifl.errors import LiflError, ProtocolError, Unavailable
 from lifl.messages import (
@@ -46,12 +47,10 @@ from lifl.messages import (
     StopWorkers,
     ToAgent,
     Welcome,
-    WorkerEnded,
     WorkerSpec,
     endpoint_id,
 )
 from lifl.process import end_with_supervisor
-from lifl_ebpf.capabilities import CAP_BPF, CAP_NET_ADMIN, drop_capabilities
 from lifl_ebpf.interface import DEFAULT_CREDIT, MINIMUM_CREDIT, EndpointSockets, Router
 from lifl_ebpf.preflight import ebpf_reason
 
@@ -201,9 +200,7 @@ class Agent:
                 if peer.endpoint:
                     raise ProtocolError("a second Hello")
                 self._hello(peer, message)
-            elif isinstance(message, WorkerEnded) and peer.role == "zygote" and peer.endpoint:
-                self._cancel(message.ticket, peer.endpoint, message.pid)
-            elif not isinstance(message, WorkerEnded) and peer is self._coordinator:
+            elif peer is self._coordinator:
                 self._request(peer, message, fds)
             else:
                 raise ProtocolError(f"{type(message).__name__} from who is not the coordinator")
@@ -229,15 +226,13 @@ class Agent:
         else:
             self._tell_left(peer.left())
         if peer.role == "zygote":
-            for ticket in [ticket for ticket, held in self._tickets.items() if held.zygote == peer.endpoint]:
-                self._cancel(ticket, peer.endpoint, 0)
+            self._cancel_tickets(peer.endpoint)
 
-    def _cancel(self, ticket: str, zygote: int, pid: int) -> None:
-        """Report a worker that will not come; one that has joined is reported when its connection ends."""
-        held = self._tickets.get(ticket)
-        if held is not None and held.zygote == zygote:
+    def _cancel_tickets(self, zygote: int) -> None:
+        """Report the workers that a dead zygote still owed; those that have joined are not among them."""
+        for ticket in [ticket for ticket, held in self._tickets.items() if held.zygote == zygote]:
             del self._tickets[ticket]
-            self._tell_left(Left(0, "worker", pid, ticket))
+            self._tell_left(Left(0, "worker", 0, ticket))
 
     # --- sending ---
 

@@ -16,9 +16,9 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from lifl.capabilities import CAP_SYS_ADMIN, has_capabilities
 from lifl.errors import InvalidInput, LiflError
 from lifl.messages import PoolInfo
-from lifl_ebpf.capabilities import CAP_SYS_ADMIN, has_capabilities
 
 _FSOPEN: Final = 430  # the same numbers on every architecture
 _FSCONFIG: Final = 431

@@ -226,8 +226,8 @@ class Joined(Message):
 class Left(Message):
     """A process is gone. Every descriptor it had sent is already in its receiver's queue.
 
-    Each ticket of `StartWorkers` ends as a `Joined` or, when that worker died on its way or its zygote did, as a
-    `Left` with endpoint 0.
+    Each ticket of `StartWorkers` ends as a `Joined` or, when its zygote died or the agent had no room, as a `Left`
+    with endpoint 0.
     """
 
     endpoint: int
@@ -257,13 +257,6 @@ class Fork(Message):
     """To a zygote: fork one worker for each spec."""
 
     workers: tuple[WorkerSpec, ...]
-
-
-class WorkerEnded(Message):
-    """From a zygote: the worker it forked for this ticket has ended, whether it had joined or not."""
-
-    ticket: str
-    pid: int
 
 
 # --- gateway to coordinator (coordinator.sock): request and answer ---------------------------------------------
@@ -522,9 +515,7 @@ class Nodes(Message):
     nodes: tuple[NodeState, ...]
 
 
-ToAgent = (
-    Hello | CreatePool | DropPool | ReclaimPool | Allow | StartWorkers | StopWorkers | GetTraffic | WorkerEnded
-)
+ToAgent = Hello | CreatePool | DropPool | ReclaimPool | Allow | StartWorkers | StopWorkers | GetTraffic
 FromAgent = Welcome | RefusedJoin | Done | Joined | Left | PoolAdded | PoolDropped | Fork
 ToCoordinator = (
     CreateJob

@@ -25,6 +25,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 from lifl import fold_kernel  # noqa: E402
 from lifl.agent_client import AgentConnection, begin_join, complete_join, join  # noqa: E402
+from lifl.capabilities import drop_capabilities  # noqa: E402
 from lifl.errors import InvalidFunction, LiflError, Unavailable  # noqa: E402
 from lifl.function import AggregatorFunction, load_function  # noqa: E402
 from lifl.messages import Fork, Hello, WorkerSpec  # noqa: E402
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, required=True)
     options = parser.parse_args()
     end_with_supervisor()
+    drop_capabilities()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
     function = None

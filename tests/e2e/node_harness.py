@@ -67,7 +67,7 @@ class Watch:
         os.environ[MARK] = self._mark
         os.environ["XDG_RUNTIME_DIR"] = str(self.runtime_base)
         self._shared_memory = _names("/dev/shm")
-        self._bpf = _bpf_objects()
+        self._bpf, self._agents = _bpf_objects(), _agents()
         gc.collect()
         self._descriptors = len(os.listdir("/proc/self/fd"))
         self._threads = threading.active_count()
@@ -109,7 +109,7 @@ class Watch:
         _settle("zombies", _zombie_children)
         _settle("runtime directories", lambda: [path.name for path in self.runtime_base.iterdir()])
         _settle("entries in /dev/shm", lambda: sorted(_names("/dev/shm") - self._shared_memory))
-        _settle("BPF objects", lambda: sorted(_unowned_bpf(self._bpf)))
+        _settle("BPF objects", lambda: sorted(_unowned_bpf(self._bpf, self._agents)))
         _settle("threads", lambda: threading.enumerate() if threading.active_count() > self._threads else [])
         gc.collect()
         _settle("file descriptors", self._more_descriptors)
@@ -126,9 +126,15 @@ class Watch:
 
 
 def _settle(what: str, left: Callable[[], Any]) -> None:
-    """Some things end a moment after their process (RCU grace periods); they are given ten seconds."""
+    """Some things end a moment after their process (RCU grace periods); they are given ten seconds.
+
+    A look is taken twice: a process that has just begun another program has no environment for a moment.
+    """
     end = time.monotonic() + 10
-    while rest := left():
+    clean = 0
+    while clean < 2:
+        rest = left()
+        clean = 0 if rest else clean + 1
         assert time.monotonic() < end, f"left behind: {what}: {rest}"
         time.sleep(0.02)
 
@@ -158,24 +164,33 @@ def _bpf_objects() -> set[tuple[str, int]]:
         return set()
 
 
-def _unowned_bpf(before: set[tuple[str, int]]) -> set[tuple[str, int]]:
-    """BPF objects that came since then and that no process holds open.
-
-    A program cannot be told from another node's (agents close what they have attached), so programs count only
-    while no agent is there at all.
-    """
-    new = _bpf_objects() - before
-    if not new:
-        return set()
-    held, agents = set(), False
+def _agents() -> set[int]:
+    """Pids of all agents on this machine."""
+    found = set()
     for pid in _pids():
         with contextlib.suppress(OSError):
-            agents |= b"lifl_gateway.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"lifl_gateway.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+    return found
+
+
+def _unowned_bpf(before: set[tuple[str, int]], agents: set[int]) -> set[tuple[str, int]]:
+    """BPF objects that came since then and that no process holds open.
+
+    An agent also has some to which it keeps no file descriptor. So nothing is said while an agent runs that was
+    not there before: it is another's, for those of this watch have ended.
+    """
+    new = _bpf_objects() - before
+    if not new or _agents() - agents:
+        return set()
+    held = set()
+    for pid in _pids():
+        with contextlib.suppress(OSError):
             for name in os.listdir(f"/proc/{pid}/fdinfo"):
                 with contextlib.suppress(OSError):
                     text = Path(f"/proc/{pid}/fdinfo/{name}").read_text()
                     held |= {("map", int(number)) for number in re.findall(r"^map_id:\s*(\d+)", text, re.M)}
-    return {item for item in new - held if item[0] == "map" or not agents}
+    return new - held
 
 
 # --- the node ------------------------------------------------------------------------------------------------

@@ -575,3 +575,16 @@ def test_a_worker_that_sends_garbage_harms_no_other_job(
         client.delete()
     run_round(node, "good", SMALL, 12, 3)
     until(lambda: node.metric("lifl_gateway_slots", "bad") < 0, "end of the hostile job's memory")
+
+
+def test_a_function_that_never_returns_does_not_outlive_its_node(
+    make_node: Callable[..., LiveNode], tmp_path: Path
+) -> None:
+    code = "from lifl import aggregator\n\n\n@aggregator\ndef endless(total, update):\n    while True:\n        pass\n"
+    (tmp_path / "endless.py").write_text(code)
+    node = make_node(functions={"endless": tmp_path / "endless.py"})
+    create_job(node, "job", SMALL, goal=2, function="endless")
+    submit_all(node, "job", make_round(SMALL, 2))
+    until(node.workers, "worker")
+    node.stop()
+    assert not node.watch.processes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -31,7 +32,6 @@ from lifl.messages import (
     ReclaimPool,
     StartWorkers,
     StopWorkers,
-    WorkerEnded,
 )
 from lifl.pool import MappedPool
 from lifl_ebpf.bpf_syscall import map_ids, program_ids, program_map_ids
@@ -98,7 +98,7 @@ def test_it_listens_on_no_network_port(agent: AgentProcess) -> None:
 
 _UNPRIVILEGED = """
 import os, sys
-from lifl_ebpf.capabilities import drop_capabilities
+from lifl.capabilities import drop_capabilities
 drop_capabilities()
 os.execv(sys.executable, [sys.executable, "-m", "lifl_gateway.agent", *sys.argv[1:]])
 """
@@ -339,21 +339,6 @@ def test_a_worker_that_does_not_stop_is_killed_when_asked_again(agent: AgentProc
     assert left_endpoint(coordinator).endpoint == endpoint
 
 
-def test_a_worker_that_dies_on_its_way_is_reported_by_its_ticket(agent: AgentProcess) -> None:
-    coordinator, zygote, other = agent.coordinator(), agent.zygote(), agent.zygote("other")
-    spec, late = (ask_for_worker(coordinator, zygote) for _ in range(2))
-    other.channel.send(WorkerEnded(spec.ticket, 4711))  # not its worker
-    worker = agent.join(Hello("worker", ticket=late.ticket))
-    zygote.channel.send(WorkerEnded(late.ticket, os.getpid()))  # has joined: the end of its connection counts
-    zygote.channel.send(WorkerEnded(spec.ticket, 4712))
-    left = left_endpoint(coordinator)
-    assert (left.endpoint, left.role, left.pid, left.ticket) == (0, "worker", 4712, spec.ticket)
-    with pytest.raises(Refused, match="ticket"):
-        agent.join(Hello("worker", ticket=spec.ticket))
-    worker.close()
-    assert left_endpoint(coordinator).endpoint == worker.welcome.endpoint
-
-
 def test_workers_that_a_dead_zygote_owes_are_reported_after_it(agent: AgentProcess) -> None:
     coordinator, zygote = agent.coordinator(), agent.zygote()
     specs = [ask_for_worker(coordinator, zygote) for _ in range(2)]
@@ -580,15 +565,18 @@ def test_nothing_is_left_in_the_kernel_or_in_shared_memory_after_the_last_proces
 
 def maps_of(pid: int) -> set[int]:
     """Ids of the BPF maps that a process has open."""
-    found = set()
+    found: set[int] = set()
     for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
-        found |= {int(line.split()[1]) for line in entry.read_text().splitlines() if line.startswith("map_id:")}
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found |= {
+                int(line.split()[1]) for line in entry.read_text().splitlines() if line.startswith("map_id:")
+            }
     return found
 
 
 def test_the_preflight_names_what_is_missing() -> None:
     script = (
-        "from lifl_ebpf.capabilities import *; from lifl_ebpf.preflight import ebpf_reason;"
+        "from lifl.capabilities import *; from lifl_ebpf.preflight import ebpf_reason;"
         "drop_capabilities({CAP_BPF}); print(ebpf_reason()); drop_capabilities(); print(ebpf_reason())"
     )
     output = subprocess.run(

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from lifl.agent_client import AgentConnection, join
+from lifl.capabilities import drop_capabilities
 from lifl.control.agent_link import AgentLink
 from lifl.control.context import Context
 from lifl.control.gateway_connections import GatewayConnections
@@ -260,6 +261,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     end_with_supervisor()
+    drop_capabilities()
     logging.basicConfig(
         format="%(asctime)s coordinator %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr
     )
