@@ -62,7 +62,6 @@ def examine() -> list[Check]:
         _btf,
         _bcc,
         _ebpf,
-        _bpffs,
         _cores,
         _vector_width,
         _memory,
@@ -161,15 +160,6 @@ def _ebpf() -> Check:
     return Check(name, "ok", "usable")
 
 
-def _bpffs() -> Check:
-    for line in Path("/proc/mounts").read_text().splitlines():
-        fields = line.split()
-        if len(fields) > 2 and fields[2] == "bpf":
-            return Check("bpffs", "ok", fields[1])
-    hint = "nothing is pinned, so workers start anew when the agent restarts; mount -t bpf bpf /sys/fs/bpf"
-    return Check("bpffs", "warn", "not mounted", hint)
-
-
 # --- processors and memory -----------------------------------------------------------------------------------
 
 
@@ -248,7 +238,7 @@ def _huge_pages() -> Check:
     descriptor = int(libc.syscall(_FSOPEN, b"tmpfs", _FSOPEN_CLOEXEC))
     if descriptor >= 0:
         os.close(descriptor)
-        return Check("huge pages", "ok", f"{value}; a private tmpfs with huge=advise is possible")
+        return Check("huge pages", "ok", f"{value}; a private tmpfs with huge pages is possible")
     cause = os.strerror(ctypes.get_errno()).lower()
     hint = (
         f"no private tmpfs either ({cause}; it takes CAP_SYS_ADMIN): the first touch of a pool costs more. "

@@ -580,7 +580,7 @@ def test_a_worker_that_sends_garbage_harms_no_other_job(
 def test_a_function_that_never_returns_does_not_outlive_its_node(
     make_node: Callable[..., LiveNode], tmp_path: Path
 ) -> None:
-    code = "from lifl import aggregator\n\n\n@aggregator\ndef endless(total, update):\n    while True:\n        pass\n"
+    code = "from lifl import aggregator\n\n@aggregator\ndef endless(total, update):\n    while True: pass\n"
     (tmp_path / "endless.py").write_text(code)
     node = make_node(functions={"endless": tmp_path / "endless.py"})
     create_job(node, "job", SMALL, goal=2, function="endless")

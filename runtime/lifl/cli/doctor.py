@@ -35,7 +35,7 @@ def command(output: str) -> int:
 
         console = Console()
         if not console.is_terminal:
-            console.width = 100
+            console.width = 80
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("CHECK", no_wrap=True)
         table.add_column("", no_wrap=True)
