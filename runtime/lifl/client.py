@@ -31,7 +31,7 @@ from functools import cached_property
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 from lifl.errors import Busy, InvalidInput, Refused, Unavailable
@@ -113,6 +113,14 @@ class GlobalModel:
         return split(self.data)
 
 
+class _Sent(NamedTuple):
+    """The last update that was submitted, as long as its buffer holds it."""
+
+    round: int
+    headers: Mapping[str, str]
+    body: Buffer
+
+
 class Client:
     """Talks to a job over one kept-alive connection. Not for use by several threads at once.
 
@@ -142,6 +150,7 @@ class Client:
         self._connection = _Connection(url, timeout)
         self._base = f"{self._connection.prefix}/v1/jobs/{quote(job, safe='')}"
         self._encoder: Encoder | None = None
+        self._sent: _Sent | None = None
         self._newest: tuple[int, str] = (0, "")  # round and etag of the newest model seen
         self._sleep: Callable[[float], None] = time.sleep
 
@@ -193,6 +202,12 @@ class Client:
         if delta:
             headers["ce-kind"] = "delta"
         body = self._encode(update)
+        # A buffer of the caller's that may be written to is the caller's: it may hold something else later.
+        is_ours = isinstance(update, Mapping | bytes)
+        self._sent = _Sent(round, headers, body) if is_ours else None
+        return self._send_update(round, headers, body)
+
+    def _send_update(self, round: int, headers: Mapping[str, str], body: Buffer) -> Submission:
         try:
             answer = self._call("POST", f"{self._base}/updates", headers, body)
         except Refused as refusal:
@@ -201,6 +216,12 @@ class Client:
                 return Submission("late", open_round)
             raise
         return Submission("duplicate" if answer.status == 200 else "accepted", round)
+
+    def _send_again(self, round: int) -> None:
+        """Send this round's update again, in case the node was started anew and has forgotten it."""
+        if self._sent is not None and self._sent.round == round:
+            with contextlib.suppress(Refused):  # whether it still counts is seen from the next model
+                self._send_update(*self._sent)
 
     def fetch_model(self, round: int | None = None) -> GlobalModel:
         """Return the model that the open round starts from, or an earlier round's while that is kept.
@@ -213,7 +234,10 @@ class Client:
     def wait_for_round(self, *, after: int, timeout: float | None = None) -> GlobalModel:
         """Wait until a round later than `after` is open and return its model.
 
-        `timeout` is in seconds, None waits for ever. Raises TimeoutError when it is over.
+        `timeout` is in seconds, None waits for ever. Raises TimeoutError when it is over. When the round does not
+        end, this client's update for it is sent again now and then: a node that was started anew has lost the
+        updates of its open round, and for any other it is a duplicate that is answered before the body is sent.
+        (Not if it was given as a buffer that the caller can write to.)
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
@@ -228,6 +252,8 @@ class Client:
                     return model
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"round {after} of job {self.job!r} is still open after {timeout:g} seconds")
+            if headers or answer.status == 304:
+                self._send_again(after)
             if answer.status != 304 and headers:
                 self._sleep(0.1)  # the model was replaced within its round: do not ask for it in a tight loop
 

@@ -218,6 +218,7 @@ class Node:
             [
                 *("-m", "lifl.control.coordinator", "--runtime-directory", runtime),
                 *("--state-directory", state, "--gateways", str(options.gateways)),
+                *("--functions", ",".join(options.functions)),
             ],
         )
         if options.default_function:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -126,7 +128,9 @@ class Zygote:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_with_parent(zygote, signal.SIGKILL)
             self._connection.close()
-            Worker(complete_join(channel, "worker"), self._function).run()
+            connection = complete_join(channel, "worker")
+            _end_with_connection(connection.channel.fileno())
+            Worker(connection, self._function).run()
             status = 0
         except Unavailable:
             status = 0  # the agent is gone or wants this worker no more
@@ -134,6 +138,19 @@ class Zygote:
             log.exception("worker of job %s ended", spec.job)
         finally:
             os._exit(status)
+
+
+def _end_with_connection(fd: int) -> None:
+    """Have the kernel end this process when the agent closes its connection, whatever the function is doing.
+
+    The agent sends a worker nothing after the welcome, so the only event on the socket is its end; SIGIO ends a
+    process that does not handle it, also one that never comes back from a loop of its own.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([fd], [], [], 0)[0]:  # it has ended before that
+        os._exit(0)
 
 
 def main() -> None:

@@ -165,6 +165,38 @@ def test_a_killed_coordinator_goes_on_from_the_journal_and_the_round_starts_agai
     run_round(node, "job", SMALL, 6, 3)
 
 
+def test_clients_that_wait_send_again_what_a_killed_coordinator_has_forgotten(node: LiveNode) -> None:
+    """Nobody does anything but submit once and wait; the clients find out for themselves."""
+    create_job(node, "job", SMALL, goal=3)
+    round_ = make_round(SMALL, 3)
+    results: dict[int, dict[str, Any]] = {}
+
+    def take_part(number: int, *, wait_first: threading.Event) -> None:
+        with node.client("job", str(number)) as client:
+            assert wait_first.wait(PATIENCE)
+            outcome = client.submit(round_.updates[number], num_samples=round_.weights[number], round=1)
+            assert outcome.status == "accepted"
+            results[number] = client.wait_for_round(after=1, timeout=PATIENCE).tensors
+
+    now, later = threading.Event(), threading.Event()
+    now.set()
+    threads = [
+        threading.Thread(target=take_part, args=(number,), kwargs={"wait_first": later if number == 2 else now})
+        for number in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: node.describe("job")["current"]["accepted"] == 2, "two updates")
+    node.kill("coordinator")
+    until(lambda: node.describe("job")["status"] == "running", "job")
+    later.set()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    for result in results.values():
+        assert_mean(result, round_.updates, round_.weights)
+
+
 def test_a_coordinator_killed_while_updates_come_in_loses_no_slot(node: LiveNode) -> None:
     create_job(node, "job", BIG, goal=12, slots=4)
     round_ = make_round(BIG, 12, distinct=4)
@@ -585,6 +617,19 @@ def test_a_function_that_never_returns_does_not_outlive_its_node(
     node = make_node(functions={"endless": tmp_path / "endless.py"})
     create_job(node, "job", SMALL, goal=2, function="endless")
     submit_all(node, "job", make_round(SMALL, 2))
+    workers = until(node.workers, "worker")
+    with node.client("job") as client:
+        client.delete()
+    until(lambda: not set(workers) & set(node.workers()), "end of workers that never look up")
+    create_job(node, "other", SMALL, goal=2, function="endless")
+    submit_all(node, "other", make_round(SMALL, 2))
     until(node.workers, "worker")
     node.stop()
     assert not node.watch.processes()
+
+
+def test_a_job_for_a_function_that_the_project_does_not_have_is_refused(shared_node: LiveNode) -> None:
+    with shared_node.client("no-such-function") as client:
+        with pytest.raises(Refused, match=r"no function 'nonsense'; it has: .*fedavg") as refusal:
+            client.create_job(function="nonsense", goal=1)
+        assert refusal.value.status == 422

@@ -27,6 +27,8 @@ class Context:
     state_directory: Path
     gateway_seats: int
     cores: int
+    functions: frozenset[str] | None = None
+    """Functions that jobs may use; None when they are not known."""
     background: Background = field(default_factory=Background)
     jobs: dict[str, Job] = field(default_factory=dict)
     gateways: dict[int, int] = field(default_factory=dict)

@@ -259,13 +259,18 @@ def main() -> None:
     parser.add_argument("--state-directory", type=Path, required=True)
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--functions", help="names of the project's functions, separated by commas")
     options = parser.parse_args()
     end_with_supervisor()
     drop_capabilities()
     logging.basicConfig(
         format="%(asctime)s coordinator %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr
     )
-    Coordinator(Context(options.runtime_directory, options.state_directory, options.gateways, options.cores)).run()
+    functions = None if options.functions is None else frozenset(options.functions.split(","))
+    context = Context(
+        options.runtime_directory, options.state_directory, options.gateways, options.cores, functions
+    )
+    Coordinator(context).run()
 
 
 if __name__ == "__main__":

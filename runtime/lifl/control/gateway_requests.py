@@ -262,6 +262,12 @@ class GatewayRequests:
         if spec.name in self._retiring:
             raise Busy("name taken", f"the former job {spec.name!r} is still being put away", retry_after=0.2)
         check_spec(spec)
+        functions = self._context.functions
+        if functions is not None and spec.function not in functions:
+            known = ", ".join(sorted(functions)) or "none"
+            raise Refused(
+                422, "no such function", f"the project has no function {spec.function!r}; it has: {known}"
+            )
         zygote = self._workforce.zygote(spec.function)
         if zygote is not None and zygote.failure:
             raise Refused(422, "the function cannot be used", zygote.failure)
