@@ -252,8 +252,7 @@ class Client:
                     return model
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"round {after} of job {self.job!r} is still open after {timeout:g} seconds")
-            if headers or answer.status == 304:
-                self._send_again(after)
+            self._send_again(after)
             if answer.status != 304 and headers:
                 self._sleep(0.1)  # the model was replaced within its round: do not ask for it in a tight loop
 
