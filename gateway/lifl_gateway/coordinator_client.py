@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 from lifl.control_channel import ControlChannel, close_fds
 from lifl.errors import Busy, LiflError, ProtocolError, Refused, Unavailable
 from lifl.messages import (
+    Acknowledged,
     AcquireModel,
     FromCoordinator,
     JobState,
@@ -168,8 +169,11 @@ class JobBoard:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._jobs: dict[str, JobState] = {}
+        self._released = False
+        self._told: set[str] | None = None
+        """Jobs that a new stream has named, until it has named all."""
         self.is_current = False
-        """False while the stream is down; what is here may be out of date then."""
+        """False until a stream has told all jobs, and when it is down: what is here may be out of date then."""
 
     def get(self, name: str) -> JobState | None:
         """The newest known state of a job."""
@@ -180,9 +184,16 @@ class JobBoard:
         return list(self._jobs.values())
 
     def wait_for(self, name: str, is_enough: Callable[[JobState | None], bool], seconds: float) -> None:
-        """Wait until the job's state, None when there is no such job, is enough; at most `seconds`."""
+        """Wait until the job's state, None when there is no such job, is enough; at most `seconds`, or until
+        `release`."""
         with self._changed:
-            self._changed.wait_for(lambda: is_enough(self._jobs.get(name)), seconds)
+            self._changed.wait_for(lambda: self._released or is_enough(self._jobs.get(name)), seconds)
+
+    def release(self) -> None:
+        """Let nobody wait any more: the process is about to end."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
 
     def put(self, state: JobState) -> None:
         """Take in a state from the stream."""
@@ -191,12 +202,20 @@ class JobBoard:
                 self._jobs.pop(state.job, None)
             else:
                 self._jobs[state.job] = state
+                if self._told is not None:
+                    self._told.add(state.job)
             self._changed.notify_all()
 
     def begin(self) -> None:
-        """A stream begins: it tells all jobs anew."""
+        """A stream begins: it tells all jobs anew, and until it has, those known before stay."""
         with self._changed:
-            self._jobs.clear()
+            self._told = set()
+
+    def complete(self) -> None:
+        """The stream has told all jobs; others are gone."""
+        with self._changed:
+            told, self._told = self._told or set(), None
+            self._jobs = {name: state for name, state in self._jobs.items() if name in told}
             self.is_current = True
             self._changed.notify_all()
 
@@ -223,6 +242,8 @@ class Subscription:
                 message = _receive(self._channel)
                 if isinstance(message, JobState):
                     self._board.put(message)
+                elif isinstance(message, Acknowledged):
+                    self._board.complete()
         except (LiflError, OSError):
             return
         finally:

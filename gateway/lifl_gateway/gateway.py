@@ -106,6 +106,7 @@ class Gateway:
     def serve(self) -> None:
         """Serve HTTP until `stop`, then finish the requests in progress and let go of everything."""
         self.server.serve()
+        self._board.release()
         self.server.drain(DRAIN_SECONDS)
         self._ended.set()
         self.link.stop()

@@ -425,8 +425,8 @@ class DescribeNodes(Message):
 
 
 class Subscribe(Message):
-    """Turn this connection into a stream of `JobState`, one for each job now and one at each change of a
-    job's round or status. Nothing more is answered on it."""
+    """Turn this connection into a stream of `JobState`: one for each job now, then `Acknowledged` to say that
+    these are all, then one at each change of a job's round or status. Nothing more is answered on it."""
 
 
 class Acknowledged(Message):

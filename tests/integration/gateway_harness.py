@@ -189,6 +189,8 @@ class FakeCoordinator:
         self.model_in_file: Path | None = None
         self.memory: dict[str, tuple[MappedPool, MappedPool]] = {}
         self._next_pool = 0
+        self.board: Any = None
+        """Of the gateway, once it is there."""
         self._subscribers: list[ControlChannel[Any]] = []
         self.start()
 
@@ -238,6 +240,16 @@ class FakeCoordinator:
                 self.states[state.job] = state
             for channel in self._subscribers:
                 channel.send(state)
+        self._await_board(state)
+
+    def _await_board(self, state: JobState) -> None:
+        """The stream takes a moment; tests want to see what follows from the news."""
+        expected = None if state.status == "deleted" else state
+        end = time.monotonic() + 2
+        while self.board is not None and self.board.is_current and time.monotonic() < end:
+            if self.board.get(state.job) == expected:
+                return
+            time.sleep(0.001)
 
     def change(self, name: str, **changes: Any) -> None:
         """Change a job's state and tell the gateways."""
@@ -321,7 +333,7 @@ class FakeCoordinator:
                 self._subscribers.append(channel)
                 for state in self.states.values():
                     channel.send(state)
-                return None
+                return Acknowledged()
             case Admit():
                 return self._judge(question) or Verdict("open", self.states[job].round)
             case Abandon():
@@ -430,6 +442,7 @@ class Node:
         self._thread = threading.Thread(target=self.gateway.serve, daemon=True)
         self._thread.start()
         assert self.gateway.wait_until_ready(5)
+        self.coordinator.board = self.gateway._board
 
     def stop_gateway(self) -> None:
         """Stop it as SIGTERM does."""

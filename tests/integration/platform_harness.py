@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,8 @@ class Platform:
         header = UpdateHeader(generation, round_number, is_delta, num_samples, len(layout), len(payload), client)
         header.pack_into(pool.header(index))
         reference = slot_reference(self.updates_pool, index)
-        verdict = self.ask(
+        commit = partial(
+            self.ask,
             Commit(
                 "job",
                 round_number,
@@ -282,8 +284,9 @@ class Platform:
                 num_samples,
                 started,
                 self.gateway,
-            )
+            ),
         )
+        verdict = until(lambda: None if is_busy(answer := commit()) else answer, what="answer to a commit")
         if isinstance(verdict, Verdict) and verdict.status == "accepted":
             self.busy[index] = generation & 0xFF
             if send and verdict.destination:

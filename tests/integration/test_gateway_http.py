@@ -913,3 +913,20 @@ def test_a_spec_reaches_the_coordinator_as_it_was_sent(node):
     assert node.coordinator.states["new"].spec == JobSpec(
         name="new", function="fedavg", goal=4, timing="lazy", quorum=2, deadline=1.5
     )
+
+
+def test_a_gateway_that_is_stopped_lets_long_polls_go(node):
+    answered = []
+
+    def wait() -> None:
+        answered.append(node.request("GET", f"{MODEL}?wait=20&after=1")[0])
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.3)  # until the request waits: nothing tells from outside
+    begun = time.monotonic()
+    node.stop_gateway()
+    waiting.join(10)
+    assert answered == [304]
+    assert time.monotonic() - begun < 2
+    node.start_gateway()

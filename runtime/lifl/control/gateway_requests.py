@@ -316,6 +316,7 @@ class GatewayRequests:
         self._context.subscribers.add(connection)
         for job in self._context.jobs.values():
             connection.answer(job.state(self._context.data_plane))
+        connection.answer(Acknowledged())
 
     def _answer_nodes(self, connection: GatewayConnection, done: Done, fds: list[int]) -> None:
         close_fds(fds)
