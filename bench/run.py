@@ -50,7 +50,7 @@ def fold_figures(data: dict[str, Any]) -> Iterator[Figure]:
     """Weighted sums against the read limit."""
     goals = {2: 0.6, 4: 0.75, 8: 0.9, 16: 0.9}
     for row in data["rows"]:
-        if row["what"] == "weighted_sum" and row["dtype"] == "F32":
+        if row["what"] == "kernel" and row["dtype"] == "F32":
             name = f"{row['model']}, K = {row['updates']}, of the read limit"
             yield Figure("fold", name, row["ratio"], goals[row["updates"]], at_most=False)
 
@@ -75,18 +75,22 @@ def idle_figures(data: dict[str, Any]) -> Iterator[Figure]:
     yield Figure("idle", "memory of the pools", memory, 1.0, at_most=True, unit="MB")
 
 
-def ingest_figures(data: dict[str, Any]) -> Iterator[Figure]:
+def ingest_figures(data: list[dict[str, Any]]) -> Iterator[Figure]:
     """HTTP body to slot against a raw receive loop."""
-    for row in data["rows"]:
-        yield Figure("ingest", f"{row['concurrent']} at once, of raw recv_into", row["ratio"], 0.85, at_most=False)
+    for row in data:
+        name = f"{row['clients']} at once, of raw recv_into"
+        yield Figure("ingest", name, row["ratio_median"], 0.85, at_most=False)
 
 
 def hop_figures(data: dict[str, Any]) -> Iterator[Figure]:
     """A descriptor between two workers against a bare SK_MSG ping-pong."""
-    yield Figure("hop", "round trip of a bare one", data["ratio"], 1.2, at_most=True)
+    for place, variants in data["round_trip"].items():
+        for variant in ("router", "endpoint"):
+            name = f"{variant}, {place}, of a bare one"
+            yield Figure("hop", name, variants[variant]["ratio_to_bare"], 1.2, at_most=True)
 
 
-BENCHMARKS: dict[str, tuple[list[str], Callable[[dict[str, Any]], Iterator[Figure]]]] = {
+BENCHMARKS: dict[str, tuple[list[str], Callable[[Any], Iterator[Figure]]]] = {
     "fold": ([], fold_figures),
     "ingest": ([], ingest_figures),
     "hop": ([], hop_figures),
