@@ -164,11 +164,7 @@ class JobMemory:
     def _given_back(self, job: Job, done: Done, fds: list[int]) -> None:
         close_fds(fds)
         job.memory_is_going = False
-        if job.pools is None or job.layout is None:
-            return
-        job.memory_given_back = True
-        # A gateway that starts while the job sleeps looks for the model's header here.
-        _write_headers(job)
+        job.memory_given_back = job.pools is not None
 
     def bring_back(self, job: Job) -> None:
         """Load the newest model again if the pages were given back.
