@@ -36,7 +36,7 @@ lint: setup ## ruff, mypy and the import contracts
 test: lint ## lint, then every test
 	@$(RUN) $(BIN)/python -m pytest $(ARGS)
 
-bench: setup ## compare LIFL with the broker and gRPC baselines
+bench: setup ## measure every promised figure beside its goal
 	@$(RUN) $(BIN)/python bench/run.py $(ARGS)
 
 soak: setup ## run rounds for a long time and watch for leaks

@@ -38,11 +38,11 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lifl.congestion import avoid_bbr  # noqa: E402
 from lifl.messages import PoolInfo  # noqa: E402
 from lifl.model_layout import encode_header  # noqa: E402
 from lifl.pool import MappedPool  # noqa: E402
 from lifl.slot import PAGE, PoolGeometry  # noqa: E402
-from lifl_gateway.congestion import avoid_bbr  # noqa: E402
 
 from bench.models import resnet_shapes  # noqa: E402
 

@@ -13,7 +13,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from lifl_gateway.congestion import avoid_bbr
+from lifl.congestion import avoid_bbr
+
 from lifl_gateway.problems import PROBLEM_JSON, encode_problem
 from lifl_gateway.request_handler import RequestHandler
 from lifl_gateway.transfer import Pace

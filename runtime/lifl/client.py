@@ -29,11 +29,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.client import HTTPException, HTTPResponse
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
+from lifl.congestion import avoid_bbr
 from lifl.errors import Busy, InvalidInput, Refused, Unavailable
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ _MAX_UNSIZED_BYTES: Final = 16 << 20
 _MAX_BACKOFF_SECONDS: Final = 60.0
 # CloudEvents HTTP 3.1.3.2: printable ASCII but space, quote and percent stands for itself.
 _SAFE: Final = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '"%')
-_CONGESTION: Final = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 _T = TypeVar("_T")
 
@@ -598,15 +597,7 @@ def _read_exactly(response: HTTPResponse, length: int) -> bytearray:
 
 
 def _avoid_bbr_on_loopback(sock: socket.socket) -> None:
-    """Choose another congestion control than bbr on loopback, where bbr costs 1.75 times the CPU of cubic."""
-    try:
-        if not ipaddress.ip_address(sock.getpeername()[0]).is_loopback:
-            return
-        if not _CONGESTION.read_bytes().startswith(b"bbr"):
-            return
-    except (OSError, ValueError):
-        return
-    for name in (b"cubic", b"reno"):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
-            return
+    """Choose the congestion control for a loopback connection; over a network the system's choice stands."""
+    with contextlib.suppress(OSError, ValueError):
+        if ipaddress.ip_address(sock.getpeername()[0]).is_loopback:
+            avoid_bbr(sock)

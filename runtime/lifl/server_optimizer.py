@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -117,7 +118,7 @@ class FedAvgM(_Settings):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class _Adaptive(_Settings):
+class _Adaptive(_Settings, ABC):
     """The common part of the three adaptive methods of Reddi et al.; they differ in how v is updated.
 
     State `v` starts at tau squared, the smallest start that the paper allows. An exact zero in `v` means "not
@@ -163,9 +164,9 @@ class _Adaptive(_Settings):
         mean *= self.lr
         mean += previous
 
+    @abstractmethod
     def _update_second_moment(self, v: FloatArray, square: FloatArray) -> None:
         """Bring `v` up to date in place; `square` is delta squared and may be overwritten."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
