@@ -185,13 +185,9 @@ class FedAdagrad(_Adaptive):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class FedAdam(_Adaptive):
-    """Adam on the server: v = beta2 * v + (1 - beta2) * delta^2.
+class _Decaying(_Adaptive):
+    """Methods whose second moment forgets, at the rate beta2."""
 
-    Raises ValueError for lr <= 0, beta1 or beta2 outside [0, 1) or tau below 1e-18.
-    """
-
-    lr: float = 0.1
     beta1: float = 0.9
     tau: float = 1e-3
     beta2: float = 0.99
@@ -199,6 +195,16 @@ class FedAdam(_Adaptive):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("beta2", self.beta2, 0.0, 1.0)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class FedAdam(_Decaying):
+    """Adam on the server: v = beta2 * v + (1 - beta2) * delta^2.
+
+    Raises ValueError for lr <= 0, beta1 or beta2 outside [0, 1) or tau below 1e-18.
+    """
+
+    lr: float = 0.1
 
     def _update_second_moment(self, v: FloatArray, square: FloatArray) -> None:
         v *= self.beta2
@@ -207,20 +213,13 @@ class FedAdam(_Adaptive):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class FedYogi(_Adaptive):
+class FedYogi(_Decaying):
     """Yogi on the server: v = v - (1 - beta2) * delta^2 * sign(v - delta^2), which forgets more slowly than Adam.
 
     Raises ValueError for lr <= 0, beta1 or beta2 outside [0, 1) or tau below 1e-18.
     """
 
     lr: float = 0.01
-    beta1: float = 0.9
-    tau: float = 1e-3
-    beta2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("beta2", self.beta2, 0.0, 1.0)
 
     def _update_second_moment(self, v: FloatArray, square: FloatArray) -> None:
         import numpy as np
