@@ -88,6 +88,8 @@ class DescriptorStream:
 
     def feed(self, data: bytes) -> list[Descriptor]:
         """Return the descriptors that `data` completes."""
+        if len(data) == SIZE and not self._tail:  # as it nearly always is
+            return [Descriptor._make(_CODEC.unpack(data))]
         if self._tail:
             data = self._tail + data
         whole = len(data) - len(data) % SIZE

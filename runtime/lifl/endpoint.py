@@ -21,8 +21,9 @@ from typing import Final
 from lifl.descriptor import MAX_BATCH, SIZE, Descriptor, DescriptorStream, Kind, decode
 from lifl.errors import ProtocolError, Unavailable
 
-_READ_BYTES: Final = 4096 * SIZE
-"""One read takes up to 4096 descriptors; always a multiple of the size, or two kinds of data would misframe."""
+_READ_BYTES: Final = 256 * SIZE
+"""One read takes up to 256 descriptors: a larger buffer costs more than it saves. It is a multiple of the size, or
+two kinds of data would misframe."""
 _CODEC: Final = struct.Struct("<IIIHBB")
 _NO_WAIT: Final = socket.MSG_DONTWAIT
 _SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
