@@ -18,6 +18,7 @@ from lifl.errors import Busy, InvalidModel, Refused
 from lifl.messages import Done, PoolInfo, PoolKind, Problem
 from lifl.model_layout import parse_header
 from lifl.pool import MappedPool
+from lifl.slot import MAX_POOLS
 
 _HEADER_LIMIT: Final = 100_000_000
 
@@ -32,6 +33,8 @@ class _Installation:
     job: Job
     round_number: int
     then: Outcome
+    pool: int
+    """The first of its two pool ids."""
     received: dict[PoolKind, int] = field(default_factory=dict)
     """File descriptors of the pools that are made already."""
 
@@ -43,6 +46,8 @@ class JobMemory:
         self._context = context
         self._workforce = workforce
         self._next_pool = 0
+        self._pools_in_use: set[int] = set()
+        """The first of the two pool ids of each job that has memory."""
         self._being_made: dict[str, _Installation] = {}
         """Installations whose pools the agent was asked for, by job."""
 
@@ -65,23 +70,33 @@ class JobMemory:
         job.gather, job.state_arrays = zygote.gather, zygote.state_arrays
         try:
             read_layout(job, round_number)
-            updates, aggregates = job.pool_infos(
-                self._new_pool_ids(), self._context.cores, self._context.gateway_seats
-            )
+            pool = self._new_pool_ids()
+            try:
+                updates, aggregates = job.pool_infos(pool, self._context.cores, self._context.gateway_seats)
+            except Refused:
+                self._pools_in_use.discard(pool)
+                raise
         except Refused as error:
             self._end(job, then, Problem(error.status, error.title, error.detail))
             return
-        installation = _Installation(job, round_number, then)
+        installation = _Installation(job, round_number, then, pool)
         self._being_made[job.spec.name] = installation
         for info in (aggregates, updates):
             made = partial(self._pool_made, installation, updates, aggregates, info)
             self._context.agent.create_pool(info, None, made)
 
     def _new_pool_ids(self) -> int:
-        """The first of two ids that were never used."""
-        number = self._next_pool
-        self._next_pool += 2
-        return number
+        """The first of two ids that no pool has now; those used last come last, for the sake of stragglers.
+
+        Raises `Refused` 507 when all are in use.
+        """
+        for step in range(0, MAX_POOLS, 2):
+            number = (self._next_pool + step) % MAX_POOLS
+            if number not in self._pools_in_use:
+                self._next_pool = number + 2
+                self._pools_in_use.add(number)
+                return number
+        raise Refused(507, "too many jobs", f"{MAX_POOLS // 2} jobs have memory on this node; delete some")
 
     def _pool_made(
         self,
@@ -103,6 +118,7 @@ class JobMemory:
                 if info.kind in received:
                     self._context.agent.drop_pool(info.pool)
             del self._being_made[job.spec.name]
+            self._pools_in_use.discard(installation.pool)
             self._end(job, installation.then, Problem(507, "no memory for the job's pool", done.error))
             return
         received[made.kind] = fds[0]
@@ -145,6 +161,7 @@ class JobMemory:
         interrupted, self._being_made = self._being_made, {}
         for installation in interrupted.values():
             close_fds(list(installation.received.values()))
+            self._pools_in_use.discard(installation.pool)
             self.install(installation.job, installation.round_number, installation.then)
 
     def _hand_to_agent(self, job: Job) -> None:
@@ -186,6 +203,7 @@ class JobMemory:
             return
         self._context.agent.drop_pool(job.pools.updates.pool)
         self._context.agent.drop_pool(job.pools.aggregates.pool)
+        self._pools_in_use.discard(job.pools.updates.pool)
         job.pools.close()
         job.pools = None
 
