@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import selectors
 import socket
@@ -26,11 +27,14 @@ class GatewayConnection:
         sock.setblocking(False)
 
     def answer(self, message: Message) -> None:
-        """Send, unless the gateway is gone: then its end of file will tell."""
+        """Send. A gateway that reads too slowly to be told everything is cut off: it connects again and is told all
+        anew."""
         try:
             self.channel.send(message)
         except Unavailable as error:
             log.debug("answer not delivered: %s", error)
+            with contextlib.suppress(OSError):
+                self.channel.socket.shutdown(socket.SHUT_RDWR)
 
 
 Answer = Callable[[GatewayConnection, ToCoordinator], Message | None]
