@@ -27,8 +27,8 @@ class GatewayConnection:
         sock.setblocking(False)
 
     def answer(self, message: Message) -> None:
-        """Send. A gateway that reads too slowly to be told everything is cut off: it connects again and is told all
-        anew."""
+        """Send. A gateway that reads too slowly to be told everything is cut off: it connects again and is told
+        all anew."""
         try:
             self.channel.send(message)
         except Unavailable as error:
