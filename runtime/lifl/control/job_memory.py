@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
 
 from lifl.control.background import Continuation
 from lifl.control.context import Context
@@ -16,11 +15,9 @@ from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds
 from lifl.errors import Busy, InvalidModel, Refused
 from lifl.messages import Done, PoolInfo, PoolKind, Problem
-from lifl.model_layout import parse_header
+from lifl.model_layout import MAX_HEADER_BYTES, parse_header
 from lifl.pool import MappedPool
 from lifl.slot import MAX_POOLS
-
-_HEADER_LIMIT: Final = 100_000_000
 
 Outcome = Callable[[Problem | None], None]
 """Called at the end of an installation with what went wrong, None when it is done."""
@@ -217,7 +214,7 @@ def read_layout(job: Job, round_number: int) -> None:
     path = job.store.checkpoint_path(round_number)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > _HEADER_LIMIT:
+        if length > MAX_HEADER_BYTES:
             raise Refused(422, "not a model", f"{path.name}: header of {length} bytes")
         header = file.read(length)
         payload = os.fstat(file.fileno()).st_size - 8 - length
