@@ -64,12 +64,13 @@ class Zygote:
         self._hello = hello
         self._function = function
         self._connection: AgentConnection
-        self._workers: set[int] = set()
-        """Pids of forked workers that have not been reaped."""
+        self._workers: list[int] = []
+        """Pidfds of forked workers: the kernel reaps them at once, and a pid could be another process's later."""
 
     def run(self) -> None:
         """Serve forks until SIGTERM, or until no agent comes back."""
-        signal.signal(signal.SIGCHLD, lambda *_: self._reap(os.WNOHANG))
+        # A handler could run just before a wait begins and leave a zombie for as long as that lasts.
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             self._join()
             try:
@@ -83,22 +84,21 @@ class Zygote:
                 self._connection.close()
                 self._end_workers()
 
-    def _reap(self, options: int) -> None:
-        """Collect workers that have ended. It is also the handler of SIGCHLD, which may come in its midst."""
-        for pid in list(self._workers):
-            with contextlib.suppress(ChildProcessError):
-                if not os.waitpid(pid, options)[0]:
-                    continue
-            self._workers.discard(pid)
+    def _forget_ended(self) -> None:
+        """Close the pidfds of workers that have ended; a pidfd is readable then."""
+        ended = select.select(self._workers, [], [], 0)[0]
+        for pidfd in ended:
+            self._workers.remove(pidfd)
+            os.close(pidfd)
 
     def _end_workers(self) -> None:
         """Make sure that no worker of the former agent still writes to accumulators that others will take over."""
-        # While the handler is off no pid here can be another process's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        for pid in self._workers:
-            os.kill(pid, signal.SIGKILL)
-        self._reap(0)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        for pidfd in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [])
+            os.close(pidfd)
+        self._workers.clear()
 
     def _join(self) -> None:
         end = time.monotonic() + _RECONNECT_SECONDS
@@ -119,9 +119,10 @@ class Zygote:
         zygote = os.getpid()
         pid = os.fork()
         if pid:
-            self._workers.add(pid)
-            self._reap(os.WNOHANG)  # its SIGCHLD may have come before its pid was known here
             channel.close()
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                self._workers.append(os.pidfd_open(pid))
+            self._forget_ended()
             return
         status = 1
         try:
