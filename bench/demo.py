@@ -21,18 +21,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from processes import NodeProcess, Team, limit_threads
+from lifl_bench.processes import NodeProcess, Team, limit_threads
 
 USER_ENVIRONMENT = limit_threads()  # before numpy and torch are imported below: clients are forked from here
 
-import demo_training as training  # noqa: E402
-import models  # noqa: E402
 import numpy as np  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
 from lifl.cli.common import get_json  # noqa: E402
 from lifl.client import Client  # noqa: E402
+from lifl_bench import models, training  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402

@@ -10,23 +10,19 @@ processes are read twice, so many seconds apart.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.processes import NodeProcess, _tree_of, limit_threads
+from lifl_bench.processes import NodeProcess, limit_threads
 
 ENVIRONMENT = limit_threads()
 
 import click  # noqa: E402
 import numpy as np  # noqa: E402
 from lifl.client import Client  # noqa: E402
-
-from bench.models import resnet_shapes  # noqa: E402
-from bench.round import tree_cpu  # noqa: E402
+from lifl_bench.measure import tree_cpu, tree_of  # noqa: E402
+from lifl_bench.models import resnet_shapes  # noqa: E402
 
 _IDLE_SECONDS = 1.0
 
@@ -34,7 +30,7 @@ _IDLE_SECONDS = 1.0
 def shared_memory(pid: int) -> int:
     """Bytes of shared memory that the processes of a tree have in place (their share of each page)."""
     total = 0
-    for member in _tree_of(pid):
+    for member in tree_of(pid):
         for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss_Shmem:"):
                 total += int(line.split()[1]) * 1024
@@ -59,7 +55,7 @@ def main(seconds: float, data_plane: str, output: str) -> None:
             while shared_memory(node.pid) > 1 << 20 and time.monotonic() < end:
                 time.sleep(0.2)
             time.sleep(_IDLE_SECONDS)
-            processes = len(_tree_of(node.pid))
+            processes = len(tree_of(node.pid))
             before = tree_cpu(node.pid)
             time.sleep(seconds)
             used = tree_cpu(node.pid) - before

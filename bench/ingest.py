@@ -36,15 +36,12 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from lifl.congestion import avoid_bbr  # noqa: E402
 from lifl.messages import PoolInfo  # noqa: E402
 from lifl.model_layout import encode_header  # noqa: E402
 from lifl.pool import MappedPool  # noqa: E402
 from lifl.slot import PAGE, PoolGeometry  # noqa: E402
-
-from bench.models import resnet_shapes  # noqa: E402
+from lifl_bench.models import resnet_shapes  # noqa: E402
 
 SLOTS = 16
 GOAL = 0.85

@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import socket
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,9 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.processes import NodeProcess, _tree_of, limit_threads
+from lifl_bench.processes import NodeProcess, limit_threads
 
 ENVIRONMENT = limit_threads()
 
@@ -38,37 +35,11 @@ import numpy as np  # noqa: E402
 from lifl.client import Client  # noqa: E402
 from lifl.fold_kernel import read_limit  # noqa: E402
 from lifl.model_layout import encode_header, parse_header  # noqa: E402
-
-from bench.models import resnet_shapes  # noqa: E402
+from lifl_bench.measure import memory_of_tree, peak_memory, tree_cpu  # noqa: E402
+from lifl_bench.models import resnet_shapes  # noqa: E402
 
 SETTLE_SECONDS = 0.4
 """After a round: until the checkpoint is written and everything sleeps."""
-
-
-def precise_cpu(pid: int) -> float:
-    """CPU seconds of a process with all its threads, ended ones included, to the nanosecond."""
-    try:
-        return time.clock_gettime((~pid << 3) | 2)
-    except OSError:
-        return 0.0
-
-
-def tree_cpu(pid: int) -> float:
-    """CPU seconds of `pid` and all its living descendants."""
-    return sum(precise_cpu(member) for member in _tree_of(pid))
-
-
-def memory_of_tree(pid: int) -> int:
-    """Memory of `pid` and its descendants now, in bytes: the sum of their proportional set sizes (Pss)."""
-    total = 0
-    for member in _tree_of(pid):
-        try:
-            for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return total
 
 
 @dataclass
@@ -81,22 +52,14 @@ class Sample:
 
 def peak_of_a_round(node: NodeProcess, clients: Fleet, operator: Client, number: int) -> int:
     """Largest memory of the node's processes seen in one more round, which is not timed: looking costs CPU."""
-    seen = [memory_of_tree(node.pid)]
-    done = threading.Event()
 
-    def look() -> None:
-        while not done.wait(0.005):
-            seen.append(memory_of_tree(node.pid))
+    def act() -> None:
+        clients.act(number)
+        while operator.describe()["model_round"] <= number:
+            time.sleep(0.01)
+        time.sleep(SETTLE_SECONDS)
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    clients.act(number)
-    while operator.describe()["model_round"] <= number:
-        time.sleep(0.01)
-    time.sleep(SETTLE_SECONDS)
-    done.set()
-    looking.join()
-    return max(seen)
+    return peak_memory(lambda: memory_of_tree(node.pid), act, every_s=0.005)
 
 
 class Fleet:

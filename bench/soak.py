@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.processes import NodeProcess, _tree_of, limit_threads
+from lifl_bench.measure import tree_of
+from lifl_bench.processes import NodeProcess, limit_threads
 
 ENVIRONMENT = limit_threads()
 
@@ -34,7 +32,7 @@ _TOLERATED_GROWTH = 4 << 20
 def memory_and_files(pid: int) -> tuple[int, int]:
     """Bytes of anonymous memory and open file descriptors of all processes of the node."""
     memory = files = 0
-    for member in _tree_of(pid):
+    for member in tree_of(pid):
         for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss_Anon:"):
                 memory += int(line.split()[1]) * 1024

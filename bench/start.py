@@ -24,9 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.processes import limit_threads
+from lifl_bench.processes import limit_threads
 
 limit_threads()
 
@@ -39,8 +37,7 @@ from lifl.messages import Hello, Joined, PoolInfo, WorkerSpec  # noqa: E402
 from lifl.model_layout import AccumulatorLayout, encode_header, parse_header  # noqa: E402
 from lifl.pool import MappedPool  # noqa: E402
 from lifl.slot import PAGE, PoolGeometry, UpdateHeader, slot_reference  # noqa: E402
-
-from bench.models import resnet_shapes  # noqa: E402
+from lifl_bench.models import resnet_shapes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = struct.Struct("<d")

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 from lifl.cli.common import normalise_url
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from lifl_bench.measure import read_stat, tree_cpu, tree_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def limit_threads() -> dict[str, str]:
@@ -39,55 +40,11 @@ def limit_threads() -> dict[str, str]:
     return before
 
 
-# --- what processes cost -------------------------------------------------------------------------------------
-
-
-class _Stat(NamedTuple):
-    parent: int
-    ticks: int
-    """CPU time, with that of the children it has waited for."""
-    started: int
-    """Start time: with the pid it identifies a process for good."""
-
-
-def _read_stat(pid: int) -> _Stat | None:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return _Stat(int(fields[1]), sum(int(field) for field in fields[11:15]), int(fields[19]))
-
-
-def _tree_of(pid: int) -> dict[int, _Stat]:
-    """`pid` and every process below it."""
-    stats = {
-        int(name): stat
-        for name in os.listdir("/proc")
-        if name.isdecimal() and (stat := _read_stat(int(name))) is not None
-    }
-    children: dict[int, list[int]] = {}
-    for child, stat in stats.items():
-        children.setdefault(stat.parent, []).append(child)
-    found: dict[int, _Stat] = {}
-    waiting = [pid]
-    while waiting:
-        current = waiting.pop()
-        if current in stats:
-            found[current] = stats[current]
-            waiting += children.get(current, ())
-    return found
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU seconds (user and system) that `pid` and all its descendants have used, ended ones included."""
-    return sum(stat.ticks for stat in _tree_of(pid).values()) / _TICKS_PER_S
-
-
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In a new process: be told to end when the benchmark is killed and can stop nothing any more."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -124,7 +81,7 @@ class NodeProcess:
                 stderr=log,
                 env={name: value for name, value in environment.items() if not name.startswith("FUNC_")},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         try:
             ready = self._wait_ready()
@@ -164,21 +121,21 @@ class NodeProcess:
 
     def cpu_seconds(self) -> float:
         """CPU seconds of all processes of the node so far."""
-        return cpu_seconds(self.pid)
+        return tree_cpu(self.pid)
 
     def stop(self) -> None:
         """End the node, by force if it takes too long, and whatever it may leave behind."""
-        below = _tree_of(self.pid)
+        below = tree_of(self.pid)
         if self.is_running:
             self._process.send_signal(signal.SIGTERM)
             try:
                 self._process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                below |= _tree_of(self.pid)
+                below |= tree_of(self.pid)
                 self._process.kill()
                 self._process.wait()
         for pid, stat in below.items():
-            now = _read_stat(pid)
+            now = read_stat(pid)
             if now is not None and now.started == stat.started:
                 try:
                     os.kill(pid, signal.SIGKILL)
@@ -248,7 +205,7 @@ class Team:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
-        _die_with_parent()
+        die_with_parent()
         for other in others:
             other.close()
         try:
