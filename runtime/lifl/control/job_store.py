@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from lifl.control.file_writer import write_file
 from lifl.control.round import Round
 from lifl.errors import LiflError
 from lifl.messages import JobSpec, RoundState
@@ -130,17 +131,7 @@ class JobStore:
     def write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
         """Write a file from parts in order: temporary name, fsync, rename, fsync of the directory."""
         temporary = path.with_suffix(".partial")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            # All blocks at once are cheaper than as the pages come, and a full disk is found out at once.
-            os.posix_fallocate(fd, 0, sum(len(part) for part in parts))
-            for part in parts:
-                view = memoryview(part)
-                while len(view):
-                    view = view[os.write(fd, view[: 1 << 26]) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        write_file(temporary, parts)
         os.rename(temporary, path)
         self._sync_directory()
 
