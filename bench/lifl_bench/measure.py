@@ -123,7 +123,7 @@ def _reaped_seconds(pid: int) -> float:
     return stat.reaped_ticks / TICKS_PER_SECOND if stat else 0.0
 
 
-def peak_memory(look: Callable[[], int], action: Callable[[], None], *, every_s: float = 0.01) -> int:
+def peak_memory(look: Callable[[], int], action: Callable[[], object], *, every_s: float = 0.01) -> int:
     """Largest value of `look` while `action` runs. Looking costs CPU: do not time the action."""
     seen = [look()]
     done = threading.Event()

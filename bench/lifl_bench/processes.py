@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
@@ -66,12 +66,13 @@ class NodeProcess:
         data_plane: str = "auto",
         project: Path = REPOSITORY,
         gateways: int = 1,
+        arguments: Sequence[str] = (),
     ) -> None:
         state_directory.mkdir(parents=True, exist_ok=True)
         self._log = state_directory / "node.log"
         command = [sys.executable, "-m", "lifl.cli", "run", "--path", str(project), "--address", "127.0.0.1:0"]
         command += ["--state-directory", str(state_directory), "--data-plane", data_plane]
-        command += ["--gateways", str(gateways), "-o", "json"]
+        command += ["--gateways", str(gateways), *arguments, "-o", "json"]
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C is for the benchmark, which then stops the node in order.
             self._process = subprocess.Popen(
@@ -218,6 +219,13 @@ class Team:
             except OSError:
                 pass
             os._exit(1)
+
+    def send_to(self, number: int, message: object) -> None:
+        """Send to one worker. Raises RuntimeError if it has ended."""
+        try:
+            self._links[number].send(message)
+        except OSError:
+            raise RuntimeError(f"client {number} is gone") from None
 
     def send_all(self, message: object) -> None:
         """Send the same to every worker that has not ended."""

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+TOLERANCE = 1e-5
+"""Largest error of a model, relative to the mean magnitude of its summands: some roundings of float32."""
+
 
 @dataclass
 class Round:
@@ -41,7 +44,7 @@ class CellResult:
     rounds: list[Round] = field(default_factory=list)
     """Measured rounds; the warm-up round is not among them."""
     peak_memory_bytes: int = 0
-    """Of all the mode's processes together (Pss), in one more round that was not timed."""
+    """Of all the mode's processes together (Pss), in rounds that were not timed."""
     copies: float = 0
     """Times an update is copied, in user space or across a socket, from the client's buffer to the fold."""
     copies_detail: str = ""
@@ -118,6 +121,8 @@ class Results:
     cells: list[CellResult] = field(default_factory=list)
     ablation: list[AblationRow] = field(default_factory=list)
     training: list[TrainingResult] = field(default_factory=list)
+    modes: dict[str, str] = field(default_factory=dict)
+    """What each mode is, in a few words."""
     notes: list[str] = field(default_factory=list)
     """What a reader has to know: modes that could not run and why, choices made for this machine."""
     seconds: float = 0.0

@@ -24,10 +24,14 @@ SUMMARIES = {
     "run": "Run the function project on this machine",
     "invoke": "Send a model update to a job",
     "status": "Show jobs and their rounds",
+    "bench": "Compare LIFL with a message broker and with gRPC on this machine",
     "doctor": "Show what this machine can do, and what it cannot and why",
     "version": "Print the version",
 }
 """The commands, in the order in which they are listed, and what `--help` says of each."""
+
+_ELSEWHERE = {"bench": "lifl_bench.command"}
+"""Modules of commands that are not part of `lifl.cli`, which does not depend on them."""
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -47,7 +51,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in SUMMARIES:
             return None
-        command: click.Command = importlib.import_module(f"lifl.cli.{cmd_name}").command
+        module = _ELSEWHERE.get(cmd_name, f"lifl.cli.{cmd_name}")
+        command: click.Command = importlib.import_module(module).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
