@@ -27,7 +27,7 @@ _PROGRAMS = (
     ("lifl_gateway.agent", "agent"),
     ("lifl.control", "coordinator"),
     ("lifl_gateway", "gateway"),
-    ("lifl.worker", "worker"),
+    ("lifl.worker_process", "worker"),
     ("lifl.zygote", "zygote"),
     ("lifl.cli", "supervisor"),
 )
@@ -213,9 +213,12 @@ class LiflDeployment:
         """When each client's update became part of a sum, as the coordinator has it."""
         assert self._node is not None
         times = [0.0] * self._cell.updates
-        document = get_json(self._node.address, f"/v1/jobs/{JOB}/rounds/{round}/updates")
-        for update in document["updates"]:
-            times[int(update["client"].removeprefix("client-"))] = update["folded"] or 0.0
+        path, offset = f"/v1/jobs/{JOB}/rounds/{round}/updates", -1
+        while offset:
+            page = get_json(self._node.address, f"{path}?offset={max(0, offset)}")
+            for update in page["updates"]:
+                times[int(update["client"].removeprefix("client-"))] = update["folded"]
+            offset = page["next"]
         return times
 
     def before_round(self, round: int) -> None:

@@ -21,11 +21,13 @@ from lifl.messages import (
     DescribeJob,
     DescribeNodes,
     DescribeRound,
+    DescribeUpdates,
     Jobs,
     JobState,
     ListJobs,
     Nodes,
     RoundState,
+    RoundUpdates,
 )
 
 from lifl_gateway import metrics as metrics_module
@@ -100,6 +102,7 @@ class _Views:
             ("/v1/jobs/<job>/model", "PUT", self.put_model),
             ("/v1/jobs/<job>/updates", "POST", self.post_update),
             ("/v1/jobs/<job>/rounds/<number>", "GET", self.describe_round),
+            ("/v1/jobs/<job>/rounds/<number>/updates", "GET", self.list_updates),
             ("/v1/nodes", "GET", self.list_nodes),
             ("/healthz", "GET", self.healthz),
             ("/readyz", "GET", self.readyz),
@@ -145,7 +148,9 @@ class _Views:
     def list_jobs(self) -> Response:
         """List the jobs."""
         self._identify()
-        jobs = self._parts.coordinator.ask(ListJobs(), Jobs).jobs
+        jobs: list[JobState] = []
+        while page := self._parts.coordinator.ask(ListJobs(jobs[-1].job if jobs else ""), Jobs).jobs:
+            jobs += page
         return _json({"jobs": [_shown(state) for state in jobs]})
 
     def create_job(self) -> Response:
@@ -169,10 +174,15 @@ class _Views:
     def describe_round(self, job: str, number: str) -> Response:
         """Describe a round."""
         self._identify()
-        if not (number.isascii() and number.isdigit() and 1 <= int(number[:11]) <= MAX_ROUND):
-            raise Refused(404, "No such round", "rounds are numbered from 1")
-        round_state = self._parts.coordinator.ask(DescribeRound(job, int(number)), RoundState)
+        round_state = self._parts.coordinator.ask(DescribeRound(job, _round_number(number)), RoundState)
         return _json(_shown(round_state))
+
+    def list_updates(self, job: str, number: str) -> Response:
+        """List the updates of a round."""
+        self._identify()
+        _check_parameters("offset")
+        question = DescribeUpdates(job, _round_number(number), _integer("offset", 0) or 0)
+        return _json(_shown(self._parts.coordinator.ask(question, RoundUpdates)))
 
     def delete_job(self, job: str) -> Response:
         """Delete a job."""
@@ -238,7 +248,7 @@ class _Views:
         return state
 
 
-def _shown(state: JobState | RoundState) -> dict[str, Any]:
+def _shown(state: JobState | RoundState | RoundUpdates) -> dict[str, Any]:
     shown: dict[str, Any] = msgspec.to_builtins(state)
     for part in filter(None, (shown, shown.get("current"), shown.get("last"))):
         for name in _INTERNAL:
@@ -265,6 +275,13 @@ def _check_parameters(*known: str) -> None:
     unknown = [name for name in request.args if name not in known]
     if unknown:
         raise Refused(400, "Bad Request", f"unknown query parameters; known are {', '.join(known)}")
+
+
+def _round_number(text: str) -> int:
+    """The number of a round in a path."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:11]) <= MAX_ROUND):
+        raise Refused(404, "No such round", "rounds are numbered from 1")
+    return int(text)
 
 
 def _integer(name: str, least: int) -> int | None:

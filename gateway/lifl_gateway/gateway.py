@@ -58,7 +58,7 @@ class Gateway:
         self._coordinator = CoordinatorClient(socket_path)
         self._board = JobBoard()
         self.link = NodeLink(join, self._coordinator, options.seat, options.seats)
-        metrics = Metrics(self.link)
+        metrics = Metrics(self.link, self._coordinator)
         pace = options.limits.pace
         parts = Parts(
             coordinator=self._coordinator,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import msgspec
-from lifl.messages import JobSpec, JobState, NodeState, RoundState
+from lifl.messages import JobSpec, JobState, NodeState, RoundState, RoundUpdates
 
 from lifl_gateway.event import EVENT_TYPE, MAX_ROUND, MAX_SAMPLES, STRUCTURED_TYPE
 from lifl_gateway.job_spec import JOB_NAME, LIMITS
@@ -47,7 +47,7 @@ def document() -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    types = (JobSpec, JobState, RoundState, NodeState)
+    types = (JobSpec, JobState, RoundState, RoundUpdates, NodeState)
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
         for name in _HIDDEN:
@@ -113,6 +113,7 @@ def _paths() -> dict[str, Any]:
             "parameters": [job, number],
             "get": _operation("describeRound", "Describe a round", 200, _ref("RoundState"), (401, 404)),
         },
+        "/v1/jobs/{job}/rounds/{number}/updates": {"parameters": [job, number], "get": _list_updates()},
         "/v1/nodes": {
             "get": _operation("listNodes", "List the nodes", 200, _object_of("nodes", _ref("NodeState")), (401,))
         },
@@ -182,6 +183,24 @@ def _post_update() -> dict[str, Any]:
         _header("ce-round", {"type": "integer", "minimum": 1, "maximum": MAX_ROUND}),
         _header("ce-numsamples", {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SAMPLES}, "The weight"),
         _header("ce-kind", {"enum": ["weights", "delta"]}, "New weights, or their difference to the model"),
+    ]
+    return operation
+
+
+def _list_updates() -> dict[str, Any]:
+    operation = _operation(
+        "listUpdates",
+        "How long each update of a round took; kept of the open round and the last few complete ones",
+        200,
+        _ref("RoundUpdates"),
+        (400, 401, 404),
+    )
+    operation["parameters"] = [
+        _query(
+            "offset",
+            {"type": "integer", "minimum": 0, "maximum": MAX_ROUND},
+            "Updates to leave out at the start: `next` of the answer before, where a round has many",
+        )
     ]
     return operation
 

@@ -45,7 +45,8 @@ class Kind(IntEnum):
     ASSIGN = 6
     """Coordinator to aggregator: serve this round; `slot` is the endpoint of the parent."""
     CLOSE = 7
-    """Coordinator to aggregator: the round has exactly `slot` inputs for you; send the result up after them."""
+    """Coordinator to aggregator: the round has exactly `slot` inputs for you; send the result up after them.
+    `generation` of them are partial aggregates (255: so many or more)."""
     MODEL = 8
     """Top aggregator to coordinator: the round's global model is complete in this slot."""
 

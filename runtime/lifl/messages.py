@@ -287,6 +287,9 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`async`: a model is offered at once and written to disk behind it. `sync`: first written."""
     idle_seconds: float = 60.0
     """Time without traffic after which workers stop and the pool's memory goes back to the kernel."""
+    reuse: bool = True
+    """Whether workers go on with the next round. False: they end with their round, and each round starts new ones
+    when its first update comes, so no state of a function outlives a round."""
 
 
 class CreateJob(Message):
@@ -404,7 +407,9 @@ class DescribeJob(Message):
 
 
 class ListJobs(Message):
-    """Answered by `Jobs`."""
+    """Answered by `Jobs`: those after the name `after`, in order, as many as one message takes."""
+
+    after: str = ""
 
 
 class DescribeRound(Message):
@@ -412,6 +417,19 @@ class DescribeRound(Message):
 
     job: str
     round: int
+
+
+class DescribeUpdates(Message):
+    """Answered by `RoundUpdates`, or `Problem` 404 when there is no such round or its updates are not kept."""
+
+    job: str
+    round: int
+    offset: int = 0
+    """Updates to leave out at the start, in the order in which they were accepted."""
+
+
+class DescribeLatencies(Message):
+    """Answered by `Latencies`."""
 
 
 class DeleteJob(Message):
@@ -459,8 +477,69 @@ class RoundState(Message):
     started: int
     """Workers started for this round."""
     reused: int
-    """Workers that served an earlier round or another place of the hierarchy."""
+    """Workers that served an earlier round or another place of the hierarchy; 0 for a job without reuse."""
     rejected_clients: tuple[str, ...] = ()
+    latency_median: float = 0.0
+    """Median time of the folded updates, each from its first byte in to folded; 0 when none is."""
+    latency_p95: float = 0.0
+    """The time that 95 % of them kept to."""
+    latency_max: float = 0.0
+    """The longest of them."""
+
+
+class UpdateState(msgspec.Struct, frozen=True):
+    """One update of a round. Times in seconds, 0 for what has not happened."""
+
+    client: str
+    num_samples: float
+    aggregator: int
+    """The place in the tree that folds it; 0 is the top."""
+    status: Literal["accepted", "folded", "rejected"]
+    """`folded`: it is part of a sealed accumulator, of which nothing is lost any more when a worker dies."""
+    first_byte: float
+    """CLOCK_MONOTONIC of the node when the first byte of the request had come."""
+    folded: float
+    """CLOCK_MONOTONIC of the node when the coordinator heard of that."""
+    latency: float
+    """From the first byte to folded."""
+
+
+class RoundUpdates(Message):
+    """The updates of a round in the order in which they were accepted, so many as one answer takes.
+
+    CLOCK_MONOTONIC counts from the start of the machine. An instant t of it is `time - monotonic + t` in unix
+    time; on the same machine it can be compared with what other processes read from that clock.
+    """
+
+    round: int
+    status: Literal["open", "closing", "complete"]
+    monotonic: float
+    """CLOCK_MONOTONIC of the node now."""
+    time: float
+    """Unix time now."""
+    total: int
+    """Updates of the round, those that were rejected among them."""
+    next: int
+    """The offset of the next part; 0 when nothing follows."""
+    updates: tuple[UpdateState, ...]
+
+
+class JobLatencies(msgspec.Struct, frozen=True):
+    """How long the updates of a job took from their first byte to folded, since the coordinator started."""
+
+    job: str
+    counts: tuple[int, ...]
+    """Updates in each bucket; the last is for those above all bounds."""
+    seconds: float
+    """Sum over all updates."""
+
+
+class Latencies(Message):
+    """A histogram for each job that is running."""
+
+    bounds: tuple[float, ...]
+    """Upper bounds of the buckets, in seconds."""
+    jobs: tuple[JobLatencies, ...]
 
 
 class JobState(Message):
@@ -529,8 +608,22 @@ ToCoordinator = (
     | DescribeJob
     | ListJobs
     | DescribeRound
+    | DescribeUpdates
+    | DescribeLatencies
     | DeleteJob
     | DescribeNodes
     | Subscribe
 )
-FromCoordinator = JobState | Problem | Verdict | Slots | ModelSource | RoundState | Acknowledged | Jobs | Nodes
+FromCoordinator = (
+    JobState
+    | Problem
+    | Verdict
+    | Slots
+    | ModelSource
+    | RoundState
+    | RoundUpdates
+    | Latencies
+    | Acknowledged
+    | Jobs
+    | Nodes
+)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from lifl.errors import InvalidInput, Unavailable
 
@@ -50,6 +50,8 @@ class NodeOptions:
     token_file: Path | None = None
     allow_anonymous: bool = False
     access_log: bool = False
+    start: Literal["fork", "spawn"] = "fork"
+    """How workers come to be: forked from a zygote that has loaded the function, or each a fresh interpreter."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,11 @@ class Node:
         file = self.options.functions.get(function)
         # A missing file is the zygote's to report: then the job's owner hears of it.
         path = str(file if file is not None else Path("functions") / f"{function}.py")
-        arguments = ["-m", "lifl.zygote", "--runtime-directory", str(self._runtime_directory)]
-        self._launch(name, [*arguments, "--name", function, "--file", path])
+        arguments = [
+            *("-m", "lifl.zygote", "--runtime-directory", str(self._runtime_directory)),
+            *("--name", function, "--file", path, "--start", self.options.start),
+        ]
+        self._launch(name, arguments)
 
     def _launch(self, name: str, arguments: list[str]) -> _Child:
         child = self._children.setdefault(name, _Child(name, arguments))

@@ -73,6 +73,8 @@ class Assignment:
     """0 or 1: which of the two slots the seal is in."""
     expected: int | None = None
     """Inputs of the round, once CLOSE has told."""
+    expected_partials: int = 0
+    """How many of them are partial aggregates."""
     sent: bool = False
     ready: list[ReadyInput] = field(default_factory=list)
     ready_since: float = 0.0
@@ -155,6 +157,7 @@ class Worker:
                 self._early.append(message)
         elif message.kind == Kind.CLOSE and role == "coordinator":
             current.expected = message.slot
+            current.expected_partials = message.generation
             current.sent = False
         elif message.kind == Kind.UPDATE and role in ("gateway", "coordinator"):
             self._take_update(current, message)
@@ -276,14 +279,23 @@ class Worker:
         elif complete:
             self._fold_ready(current)
             self._send_partial(current)
-        elif not self._waits_for_all() and self._batch_is_due(current):
+        elif self._batch_is_due(current):
             self._fold_ready(current)
 
     def _batch_is_due(self, current: Assignment) -> bool:
         if not current.ready:
             return False
+        if self._spec.timing == "lazy":
+            return self._has_all_updates(current)
         waited = time.monotonic() - current.ready_since
         return len(current.ready) >= EAGER_BATCH or waited >= EAGER_LINGER
+
+    @staticmethod
+    def _has_all_updates(current: Assignment) -> bool:
+        """Whether the round is closed and only partial aggregates are missing: the top need not wait for those."""
+        if current.expected is None or all(item.update is None for item in current.ready):
+            return False
+        return current.inputs + len(current.ready) >= current.expected - current.expected_partials
 
     def _fold_ready(self, current: Assignment) -> None:
         while current.ready:

@@ -1,21 +1,21 @@
 """The zygote: has imported a function and all it needs, and forks workers from that state in milliseconds.
 
-    python -m lifl.zygote --runtime-directory DIR --name fedavg --file functions/fedavg.py
+    python -m lifl.zygote --runtime-directory DIR --name fedavg --file functions/fedavg.py [--start spawn]
 
-It stays single-threaded, so that a fork copies a whole process, and does nothing between forks.
+It stays single-threaded, so that a fork copies a whole process, and does nothing between forks. With
+`--start spawn` it starts a fresh interpreter for each worker instead, as a platform without zygotes would: to
+compare the two.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import logging
 import os
 import select
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Final
@@ -26,79 +26,53 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
 
 from lifl import fold_kernel  # noqa: E402
-from lifl.agent_client import AgentConnection, begin_join, complete_join, join  # noqa: E402
+from lifl.agent_client import AgentConnection, begin_join, join  # noqa: E402
 from lifl.capabilities import drop_capabilities  # noqa: E402
+from lifl.control_channel import ControlChannel  # noqa: E402
 from lifl.errors import InvalidFunction, LiflError, Unavailable  # noqa: E402
-from lifl.function import AggregatorFunction, load_function  # noqa: E402
-from lifl.messages import Fork, Hello, WorkerSpec  # noqa: E402
+from lifl.function import AggregatorFunction  # noqa: E402
+from lifl.messages import Fork, FromAgent, Hello, WorkerSpec  # noqa: E402
 from lifl.process import end_with_parent, end_with_supervisor  # noqa: E402
-from lifl.worker import Worker  # noqa: E402
+from lifl.worker_process import LOG_FORMAT, load, serve, spawn  # noqa: E402
 
 _RECONNECT_SECONDS: Final = 30.0
 
 log = logging.getLogger("lifl.zygote")
 
 
-def load(file: Path, name: str | None) -> AggregatorFunction:
-    """Import the function, torch if the file speaks of it, and compile the fold kernels.
-
-    Raises `InvalidFunction`.
-    """
-    function = load_function(file, name)
-    text = file.read_text()
-    if "torch" in sys.modules or "torch" in text or ".tensor" in text:
-        try:
-            import torch
-        except ImportError as error:
-            raise InvalidFunction(f"{file}: needs torch, which is not installed: pip install torch") from error
-        torch.set_num_threads(1)
-    fold_kernel.warm_up([("F32", "F32")])
-    return function
-
-
 class Zygote:
-    """Holds the function and the connection to the agent."""
+    """Holds the function and the connection to the agent. With `file`, workers are spawned from it, not forked."""
 
-    def __init__(self, agent_socket: str, hello: Hello, function: AggregatorFunction | None) -> None:
+    def __init__(
+        self, agent_socket: str, hello: Hello, function: AggregatorFunction | None, file: Path | None = None
+    ) -> None:
         self._agent_socket = agent_socket
         self._hello = hello
         self._function = function
+        self._file = file
         self._connection: AgentConnection
-        self._workers: list[int] = []
-        """Pidfds of forked workers: the kernel reaps them at once, and a pid could be another process's later."""
+        self._workers: set[int] = set()
+        """Pidfds of workers that have not been reaped."""
+        self._poll = select.poll()
 
     def run(self) -> None:
-        """Serve forks until SIGTERM, or until no agent comes back."""
-        # A handler could run just before a wait begins and leave a zombie for as long as that lasts.
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        """Start workers until SIGTERM, or until no agent comes back."""
         while True:
             self._join()
+            channel = self._connection.channel.fileno()
+            self._poll.register(channel, select.POLLIN)
             try:
                 while True:
-                    message, _ = self._connection.channel.receive()
-                    if isinstance(message, Fork):
-                        for spec in message.workers:
-                            self._fork(spec)
+                    for fd, _ in self._poll.poll():
+                        if fd == channel:
+                            self._hear_agent()
+                        else:
+                            self._reap(fd)
             except LiflError as error:
                 log.info("agent lost (%s); joining the new one", error)
+                self._poll.unregister(channel)
                 self._connection.close()
                 self._end_workers()
-
-    def _forget_ended(self) -> None:
-        """Close the pidfds of workers that have ended; a pidfd is readable then."""
-        ended = select.select(self._workers, [], [], 0)[0]
-        for pidfd in ended:
-            self._workers.remove(pidfd)
-            os.close(pidfd)
-
-    def _end_workers(self) -> None:
-        """Make sure that no worker of the former agent still writes to accumulators that others will take over."""
-        for pidfd in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            select.select([pidfd], [], [])
-            os.close(pidfd)
-        self._workers.clear()
 
     def _join(self) -> None:
         end = time.monotonic() + _RECONNECT_SECONDS
@@ -111,47 +85,59 @@ class Zygote:
                     raise
                 time.sleep(0.02)
 
-    def _fork(self, spec: WorkerSpec) -> None:
-        """Fork a worker. Its connection is made before, so that it cannot die without the agent noticing."""
-        if self._function is None:
-            return
+    def _hear_agent(self) -> None:
+        message, _ = self._connection.channel.receive()
+        if isinstance(message, Fork) and self._function is not None:
+            for spec in message.workers:
+                self._start(spec, self._function)
+
+    # --- workers -------------------------------------------------------------------------------------------
+
+    def _start(self, spec: WorkerSpec, function: AggregatorFunction) -> None:
+        """Start a worker. Its connection is made before, so that it cannot die without the agent noticing."""
         channel = begin_join(self._agent_socket, Hello("worker", ticket=spec.ticket))
+        if self._file is not None:
+            pid = spawn(channel, self._file, spec.job)
+        else:
+            pid = self._fork(channel, spec, function)
+        channel.close()
+        pidfd = os.pidfd_open(pid)  # of the right process even if it has ended: nobody else reaps it
+        self._workers.add(pidfd)
+        self._poll.register(pidfd, select.POLLIN)
+
+    def _fork(self, channel: ControlChannel[FromAgent], spec: WorkerSpec, function: AggregatorFunction) -> int:
         zygote = os.getpid()
         pid = os.fork()
         if pid:
-            channel.close()
-            with contextlib.suppress(ProcessLookupError):  # it has ended already
-                self._workers.append(os.pidfd_open(pid))
-            self._forget_ended()
-            return
+            return pid
         status = 1
         try:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_with_parent(zygote, signal.SIGKILL)
             self._connection.close()
-            connection = complete_join(channel, "worker")
-            _end_with_connection(connection.channel.fileno())
-            Worker(connection, self._function).run()
-            status = 0
-        except Unavailable:
-            status = 0  # the agent is gone or wants this worker no more
-        except BaseException:
-            log.exception("worker of job %s ended", spec.job)
+            for pidfd in self._workers:
+                os.close(pidfd)
+            status = serve(channel, lambda: function, spec.job)
         finally:
             os._exit(status)
 
+    def _reap(self, pidfd: int) -> None:
+        """Wait for a worker that has ended or is about to, so that its CPU time is added to the zygote's account.
 
-def _end_with_connection(fd: int) -> None:
-    """Have the kernel end this process when the agent closes its connection, whatever the function is doing.
+        Its pidfd stays readable until then. A handler of SIGCHLD could run just before a wait begins, and leave a
+        zombie for as long as that lasts.
+        """
+        self._poll.unregister(pidfd)
+        self._workers.remove(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
 
-    The agent sends a worker nothing after the welcome, so the only event on the socket is its end; SIGIO ends a
-    process that does not handle it, also one that never comes back from a loop of its own.
-    """
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([fd], [], [], 0)[0]:  # it has ended before that
-        os._exit(0)
+    def _end_workers(self) -> None:
+        """Make sure that no worker of the former agent still writes to accumulators that others will take over."""
+        for pidfd in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pidfd in list(self._workers):
+            self._reap(pidfd)
 
 
 def main() -> None:
@@ -160,15 +146,19 @@ def main() -> None:
     parser.add_argument("--runtime-directory", type=Path, required=True)
     parser.add_argument("--name", required=True, help="what jobs call the function")
     parser.add_argument("--file", type=Path, required=True)
+    parser.add_argument("--start", choices=("fork", "spawn"), default="fork", help="how workers come to be")
     options = parser.parse_args()
     end_with_supervisor()
     drop_capabilities()
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
+    forks = options.start == "fork"
     function = None
     failure = ""
     try:
-        function = load(options.file, None)
+        function = load(options.file)
+        if forks:
+            fold_kernel.warm_up([("F32", "F32")])
     except InvalidFunction as error:
         failure = str(error)
         log.error("%s", error)
@@ -182,7 +172,8 @@ def main() -> None:
     )
     gc.collect()
     gc.freeze()  # what is here now is shared with every worker; a collection there would only copy it
-    Zygote(str(options.runtime_directory / "agent.sock"), hello, function).run()
+    agent_socket = str(options.runtime_directory / "agent.sock")
+    Zygote(agent_socket, hello, function, None if forks else options.file.absolute()).run()
 
 
 if __name__ == "__main__":

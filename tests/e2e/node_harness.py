@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.request import urlopen
 
 import numpy as np
@@ -205,6 +205,7 @@ class LiveNode:
     data_plane: str
     gateways: int = 1
     functions: Mapping[str, Path] = field(default_factory=lambda: FUNCTIONS)
+    start_workers: Literal["fork", "spawn"] = "fork"
 
     def start(self) -> LiveNode:
         self.node = Node(
@@ -214,6 +215,7 @@ class LiveNode:
                 port=0,
                 gateways=self.gateways,
                 data_plane=self.data_plane,
+                start=self.start_workers,
             )
         )
         ready = self.node.start()
@@ -243,13 +245,13 @@ class LiveNode:
         until(lambda: self.node.processes().get(name, before) != before, f"new {name}")
 
     def workers(self) -> list[int]:
-        """The children of the zygotes, in the order of their start."""
+        """The children of the zygotes that have not ended, in the order of their start."""
         found = []
         for name, pid in self.node.processes().items():
             if name.startswith("zygote-"):
                 with contextlib.suppress(OSError):
                     found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        return sorted(found)
+        return sorted(pid for pid in found if _state(pid) not in ("", "Z"))
 
     def kill_workers(self, count: int | None = None) -> int:
         """SIGKILL workers, of which there must be one at least; returns how many."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -633,3 +634,18 @@ def test_a_job_for_a_function_that_the_project_does_not_have_is_refused(shared_n
         with pytest.raises(Refused, match=r"no function 'nonsense'; it has: .*fedavg") as refusal:
             client.create_job(function="nonsense", goal=1)
         assert refusal.value.status == 422
+
+
+def test_more_jobs_than_one_message_can_name_are_all_listed(node: LiveNode) -> None:
+    names = [f"job-{number:03}" for number in range(700)]
+    with Client(node.address, "x", "operator") as client:
+        for name in names:
+            client.job = name
+            client.create_job(function="fedavg", goal=2)
+
+    with urlopen(f"{node.address}/v1/jobs", timeout=30) as answer:
+        listed = json.loads(answer.read())["jobs"]
+
+    assert [job["job"] for job in listed] == names
+    assert len(json.dumps(listed)) > 256 * 1024
+    assert node.describe(names[-1])["status"] == "waiting-for-model"

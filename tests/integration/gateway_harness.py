@@ -32,13 +32,17 @@ from lifl.messages import (
     CreateJob,
     DeleteJob,
     DescribeJob,
+    DescribeLatencies,
     DescribeNodes,
     DescribeRound,
+    DescribeUpdates,
     FromAgent,
     InstallModel,
+    JobLatencies,
     Jobs,
     JobSpec,
     JobState,
+    Latencies,
     ListJobs,
     ModelSource,
     Nodes,
@@ -49,9 +53,11 @@ from lifl.messages import (
     Problem,
     ReturnModel,
     RoundState,
+    RoundUpdates,
     Slots,
     Subscribe,
     ToCoordinator,
+    UpdateState,
     Verdict,
     Welcome,
     endpoint_id,
@@ -349,11 +355,15 @@ class FakeCoordinator:
             case DescribeJob():
                 return self.states[job]
             case ListJobs():
-                return Jobs(tuple(self.states.values()))
+                return Jobs(tuple(self.states[name] for name in sorted(self.states) if name > question.after)[:2])
             case DescribeRound():
                 if question.round != 1:
                     return Problem(404, "no such round")
                 return RoundState(1, "open", len(self.accepted), 0, 0, 0, 0, 0.0, 0.0, 1, 0, 0)
+            case DescribeUpdates():
+                return self._updates(question)
+            case DescribeLatencies():
+                return Latencies((0.1, 1.0), tuple(JobLatencies(name, (3, 2, 1), 6.5) for name in self.states))
             case DeleteJob():
                 state = self.states[job]
                 self.publish(msgspec.structs.replace(state, status="deleted"))
@@ -367,6 +377,16 @@ class FakeCoordinator:
                 leases.discard(question.lease)
                 return Acknowledged()
         return Problem(500, "unexpected question")
+
+    def _updates(self, question: DescribeUpdates) -> Any:
+        if question.round != 1:
+            return Problem(404, "no such round")
+        commits = list(self.accepted.values())
+        states = [
+            UpdateState(commit.client, commit.num_samples, 0, "accepted", commit.started, 0.0, 0.0)
+            for commit in commits[question.offset :]
+        ]
+        return RoundUpdates(1, "open", time.monotonic(), time.time(), len(commits), 0, tuple(states))
 
     def _judge(self, question: Admit | Commit) -> Verdict | Problem | None:
         state = self.states[question.job]

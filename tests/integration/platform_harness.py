@@ -65,6 +65,14 @@ def encode_model(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, bytes]:
     return header, payload
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs, so that it is neither gone nor a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def is_busy(answer: Any) -> bool:
     """Whether the same request may succeed a little later."""
     return isinstance(answer, Problem) and answer.status == 503
@@ -79,6 +87,7 @@ class Platform:
     function: str = "fedavg"
     cores: int = 2
     function_file: Path | None = None
+    start_workers: str = "fork"
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     pools: dict[int, MappedPool] = field(default_factory=dict)
 
@@ -117,7 +126,7 @@ class Platform:
         self.spawn(
             "zygote",
             *("lifl.zygote", "--runtime-directory", str(self.runtime)),
-            *("--name", self.function, "--file", str(file)),
+            *("--name", self.function, "--file", str(file), "--start", self.start_workers),
         )
 
     def start_coordinator(self) -> None:
@@ -323,7 +332,7 @@ class Platform:
         return data
 
     def workers(self) -> list[int]:
-        """Pids of the workers: the children of the zygote."""
+        """Pids of the workers: the children of the zygote that have not ended."""
         zygote = self.processes["zygote"].pid
         with open(f"/proc/{zygote}/task/{zygote}/children") as file:
-            return [int(pid) for pid in file.read().split()]
+            return [int(pid) for pid in file.read().split() if is_alive(int(pid))]

@@ -730,6 +730,65 @@ def test_an_unknown_round_is_not_found(node, number):
     assert problem_of(node.request("GET", f"/v1/jobs/{JOB}/rounds/{number}"))["status"] == 404
 
 
+def test_jobs_are_listed_though_the_coordinator_names_only_some_at_a_time(node):
+    names = sorted(["a", "b.c", "zz", "k-1", "k-2"])
+    for name in names:
+        body = json.dumps({"name": name, "function": "fedavg", "goal": 1}).encode()
+        assert node.request("POST", "/v1/jobs", body, {"Content-Type": "application/json"})[0] == 201
+
+    listed = json.loads(node.request("GET", "/v1/jobs")[2])["jobs"]
+
+    assert [job["job"] for job in listed] == sorted([*names, JOB])
+
+
+def test_the_updates_of_a_round_are_listed_from_an_offset(node):
+    for client in ("alice", "bob", "carol"):
+        node.post(client=client)
+    path = f"/v1/jobs/{JOB}/rounds/1/updates"
+    status, headers, body = node.request("GET", path)
+    assert (status, headers["Content-Type"]) == (200, "application/json")
+    told = json.loads(body)
+    assert "type" not in told
+    assert [update["client"] for update in told["updates"]] == ["alice", "bob", "carol"]
+    assert all(0 <= told["monotonic"] - update["first_byte"] < 10 for update in told["updates"])
+    assert abs(told["time"] - time.time()) < 10
+    rest = json.loads(node.request("GET", f"{path}?offset=2")[2])
+    assert [update["client"] for update in rest["updates"]] == ["carol"]
+
+
+@pytest.mark.parametrize("number", ["0", "2", "x"])
+def test_updates_of_an_unknown_round_are_not_found(node, number):
+    assert problem_of(node.request("GET", f"/v1/jobs/{JOB}/rounds/{number}/updates"))["status"] == 404
+
+
+@pytest.mark.parametrize("query", ["offset=-1", "offset=x", "offset=1&offset=2", "limit=3"])
+def test_a_part_of_the_updates_that_cannot_be_is_refused(node, query):
+    assert problem_of(node.request("GET", f"/v1/jobs/{JOB}/rounds/1/updates?{query}"))["status"] == 400
+
+
+def test_the_latencies_that_the_coordinator_counts_are_metrics(node):
+    text = node.request("GET", "/metrics")[2].decode()
+    for line in (
+        f'lifl_update_latency_seconds_bucket{{job="{JOB}",le="0.1"}} 3.0',
+        f'lifl_update_latency_seconds_bucket{{job="{JOB}",le="1.0"}} 5.0',
+        f'lifl_update_latency_seconds_bucket{{job="{JOB}",le="+Inf"}} 6.0',
+        f'lifl_update_latency_seconds_count{{job="{JOB}"}} 6.0',
+        f'lifl_update_latency_seconds_sum{{job="{JOB}"}} 6.5',
+    ):
+        assert line in text
+
+
+def test_the_metrics_can_be_read_while_the_coordinator_is_away(node):
+    node.coordinator.stop()
+    try:
+        status, _, body = node.request("GET", "/metrics")
+    finally:
+        node.coordinator.start()
+    assert status == 200
+    assert b"lifl_gateway_slots" in body
+    assert b"lifl_update_latency_seconds" not in body
+
+
 def test_the_metrics_count_what_happened(node):
     node.post()
     node.post()

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lifl.messages import Abandon, Acknowledged, Admit, Commit, DeleteJob, Problem, Verdict
+from lifl.messages import (
+    Abandon,
+    Acknowledged,
+    Admit,
+    Commit,
+    DeleteJob,
+    DescribeLatencies,
+    DescribeUpdates,
+    Latencies,
+    Problem,
+    RoundUpdates,
+    Verdict,
+)
 from lifl.slot import slot_reference
 
 from tests.integration.platform_harness import Platform, until
@@ -366,4 +378,149 @@ def test_reports_lost_with_the_agent_do_not_have_updates_counted_twice(platform:
     state = platform.wait_for_round(2)
     assert state.status == "running", state.detail
     assert_close(platform.model(), updates, weights)
+    platform.wait_for_all_slots()
+
+
+# --- times of updates ----------------------------------------------------------------------------------------
+
+
+def updates_of(platform: Platform, number: int) -> RoundUpdates:
+    answer = platform.ask(DescribeUpdates("job", number))
+    assert isinstance(answer, RoundUpdates), answer
+    return answer
+
+
+@pytest.mark.parametrize("function", ["fedavg", "median"])
+def test_the_times_of_each_update_are_told_while_the_round_is_open_and_after(
+    tmp_path: Path, data_plane: str, function: str
+):
+    with Platform(tmp_path, data_plane, function=function) as platform:
+        platform.create_job(MODEL, goal=4)
+        begin = time.monotonic()
+        platform.submit("0", random_update(0).tobytes(), num_samples=3.0)
+        told = updates_of(platform, 1)
+        assert (told.status, told.total, told.updates[0].client) == ("open", 1, "0")
+        assert abs(told.time - time.time()) < 5
+        for client in range(1, 4):
+            platform.submit(str(client), random_update(client).tobytes())
+        state = platform.wait_for_round(2)
+        told = updates_of(platform, 1)
+        assert (told.status, told.next) == ("complete", 0)
+        assert [(update.client, update.num_samples) for update in told.updates] == [
+            ("0", 3.0),
+            ("1", 1.0),
+            ("2", 1.0),
+            ("3", 1.0),
+        ]
+        for update in told.updates:
+            assert update.status == "folded"
+            assert begin <= update.first_byte < update.folded <= told.monotonic
+            assert update.latency == update.folded - update.first_byte
+        latencies = sorted(update.latency for update in told.updates)
+        last = state.last
+        assert (last.latency_median, last.latency_p95, last.latency_max) == (latencies[1], *[latencies[3]] * 2)
+        counted = platform.ask(DescribeLatencies())
+        assert isinstance(counted, Latencies)
+        assert sum(counted.jobs[0].counts) == 4
+        assert counted.jobs[0].seconds == pytest.approx(sum(latencies))
+
+
+def test_a_rejected_update_is_told_as_such_and_has_no_time(platform: Platform):
+    platform.create_job(MODEL, goal=2)
+    bad = random_update(7)
+    bad[0] = np.nan
+    platform.submit("bad", bad.tobytes())
+    until(lambda: platform.describe().current.rejected, what="rejection")
+    platform.submit("good", random_update(1).tobytes())
+    until(lambda: platform.describe().current.folded == 1, what="fold")
+    told = updates_of(platform, 1)
+    assert [(update.client, update.status) for update in told.updates] == [("bad", "rejected"), ("good", "folded")]
+    assert (told.updates[0].folded, told.updates[0].latency) == (0.0, 0.0)
+
+
+def test_the_updates_of_old_and_of_unknown_rounds_are_not_found_for_different_reasons(platform: Platform):
+    platform.create_job(MODEL, goal=1, rounds=6)
+    for number in range(1, 7):
+        platform.submit("a", random_update(number).tobytes(), number)
+        platform.wait_for_round(number + 1)
+    assert [isinstance(platform.ask(DescribeUpdates("job", number)), RoundUpdates) for number in range(1, 8)] == [
+        *(False, False, True, True, True, True, False),
+    ]
+    old, unknown = (platform.ask(DescribeUpdates("job", number)) for number in (2, 7))
+    assert (old.status, old.title) == (404, "updates not kept")
+    assert "rounds that have them: 3, 4, 5, 6" in old.detail
+    assert (unknown.status, unknown.title) == (404, "no such round")
+
+
+def test_lazy_timing_folds_nothing_before_the_round_is_closed(platform: Platform):
+    platform.create_job(MODEL, goal=12, timing="lazy")
+    for number in (1, 2):
+        updates = [random_update(20 * number + client) for client in range(12)]
+        for client in range(11):
+            platform.submit(str(client), updates[client].tobytes(), number)
+        time.sleep(0.2)  # forty times what an eager fold waits for
+        told = updates_of(platform, number)
+        assert {update.aggregator for update in told.updates} == {0, 1}
+        assert {update.status for update in told.updates} == {"accepted"}
+        closed = time.monotonic()
+        platform.submit("11", updates[11].tobytes(), number)
+        platform.wait_for_round(number + 1)
+        assert all(update.folded > closed for update in updates_of(platform, number).updates)
+        assert_close(platform.model(), updates, [1.0] * 12)
+    platform.wait_for_all_slots()
+
+
+def test_a_lazy_top_folds_its_own_updates_while_it_waits_for_a_leaf(platform: Platform):
+    platform.create_job(MODEL, goal=8, timing="lazy")
+    updates = [random_update(client) for client in range(8)]
+    for client in range(7):
+        platform.submit(str(client), updates[client].tobytes())
+    _, leaf = until(lambda: len(found := platform.workers()) == 2 and found, what="workers")
+    os.kill(leaf, signal.SIGSTOP)
+    try:
+        platform.submit("7", updates[7].tobytes())
+        until(lambda: platform.describe().current.folded == 4, what="folds of the top")
+        told = updates_of(platform, 1).updates
+        assert {(update.aggregator, update.status) for update in told} == {(0, "folded"), (1, "accepted")}
+    finally:
+        os.kill(leaf, signal.SIGCONT)
+    platform.wait_for_round(2)
+    assert_close(platform.model(), updates, [1.0] * 8)
+    platform.wait_for_all_slots()
+
+
+# --- workers of one round only -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_job_without_reuse_has_new_workers_in_each_round(platform: Platform, reuse: bool):
+    platform.create_job(MODEL, goal=6, reuse=reuse)
+    seen: list[set[int]] = []
+    for number in (1, 2, 3):
+        updates = [random_update(10 * number + client) for client in range(6)]
+        for client in range(5):
+            platform.submit(str(client), updates[client].tobytes(), number)
+        until(lambda: len(platform.workers()) == 2, what="two workers, and no third one")
+        seen.append(set(platform.workers()))
+        platform.submit("5", updates[5].tobytes(), number)
+        state = platform.wait_for_round(number + 1)
+        assert_close(platform.model(), updates, [1.0] * 6)
+        if reuse:
+            assert (state.last.started, state.last.reused) == ((2, 1) if number == 1 else (0, 3))
+        else:
+            assert (state.last.started, state.last.reused) == (2, 0)
+            until(lambda: not platform.workers(), what="end of the workers")
+    assert len(set.union(*seen)) == (2 if reuse else 6)
+    platform.wait_for_all_slots()
+
+
+def test_rounds_without_reuse_that_follow_each_other_at_once_lose_nothing(platform: Platform):
+    platform.create_job(MODEL, goal=3, reuse=False, slots=3)
+    for number in range(1, 16):
+        updates = [random_update(100 * number + client) for client in range(3)]
+        for client, update in enumerate(updates):
+            platform.submit(str(client), update.tobytes(), number)
+        state = platform.wait_for_round(number + 1)
+        assert state.status == "running", state.detail
+        assert_close(platform.model(), updates, [1.0] * 3)
     platform.wait_for_all_slots()

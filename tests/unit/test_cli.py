@@ -47,6 +47,7 @@ JOB = {
         "rejected": 1,
         "late": 2,
         "act": 0.0123,
+        "latency_median": 0.0045,
         "started": 0,
         "reused": 4,
     },
@@ -332,7 +333,10 @@ def test_status_of_one_job_shows_its_rounds(capsys: pytest.CaptureFixture[str], 
 
     assert code == 0
     assert "round 3, 0.1 MB" in out
-    assert ["2", "complete", "20", "1", "2", "12.3", "ms", "0/4"] in [line.split() for line in out.splitlines()]
+    assert max(map(len, out.splitlines())) <= 80
+    assert ["2", "complete", "20", "1", "2", "12.3", "ms", "4.5", "ms", "0/4"] in [
+        line.split() for line in out.splitlines()
+    ]
 
 
 def test_status_prints_what_the_node_said_as_json(capsys: pytest.CaptureFixture[str], node: StandIn) -> None:
@@ -411,6 +415,14 @@ def test_run_says_where_it_listens_and_why_it_does_without_ebpf(
     assert options["functions"] == {"fedavg": project.resolve() / "functions/fedavg.py"}
     assert options["default_function"] == "fedavg"
     assert options["state_directory"] == project.resolve() / ".lifl"
+
+
+@pytest.mark.parametrize(("arguments", "start"), [((), "fork"), (("--start", "spawn"), "spawn")])
+def test_run_tells_the_node_how_workers_start(
+    project: Path, stand_in_node: dict[str, Any], capsys: pytest.CaptureFixture[str], arguments: Any, start: str
+) -> None:
+    assert run(capsys, "run", "--address", "127.0.0.1:0", *arguments)[0] == 0
+    assert stand_in_node["options"]["start"] == start
 
 
 def test_run_prints_one_json_line_for_programs(

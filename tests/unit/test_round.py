@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lifl.control.hierarchy import Hierarchy, PendingEstimate, plan_hierarchy
+from lifl.control.job import Job
+from lifl.control.job_store import JobStore
+from lifl.control.latencies import BOUNDS, LatencyHistogram, describe_updates
 from lifl.control.round import Round
 from lifl.messages import JobSpec
 
@@ -76,9 +81,10 @@ def test_a_rejected_client_may_send_again_and_its_replacement_goes_to_the_top():
 def test_a_message_about_an_older_use_of_a_slot_is_ignored():
     round_ = make_round()
     accept(round_, "a", 0)
-    assert round_.mark_folded(0, 6) is None
-    assert round_.mark_folded(0, 7) is not None
-    assert round_.mark_folded(0, 7) is None
+    assert round_.mark_folded(0, 6, 101.0) is None
+    assert round_.mark_folded(0, 7, 102.0) is not None
+    assert round_.mark_folded(0, 7, 103.0) is None
+    assert round_.updates["a"].folded == 102.0
     assert round_.folded == 1
 
 
@@ -90,6 +96,82 @@ def test_the_top_expects_a_partial_of_each_leaf_that_has_updates():
     assert [round_.sends_partial(place) for place in round_.aggregators] == [
         place is busy and place is not round_.top for place in round_.aggregators
     ]
+
+
+def test_the_latencies_are_those_of_the_folded_updates_by_nearest_rank():
+    round_ = make_round(goal=100)
+    assert (round_.state().latency_median, round_.state().latency_max) == (0.0, 0.0)
+    for number in range(21):
+        accept(round_, str(number), number)  # their first bytes came at 100.5
+    for number in range(20):
+        round_.mark_folded(number, 7, 101.5 + (7 * number) % 20)
+        round_.state()  # may be asked for at any time
+    state = round_.state()
+    assert (state.latency_median, state.latency_p95, state.latency_max) == (10.0, 19.0, 20.0)
+
+
+def test_every_update_is_told_with_its_times_the_rejected_ones_too():
+    round_ = make_round(goal=3, leaves=1)
+    for slot, client in enumerate("abc"):
+        accept(round_, client, slot)
+    round_.mark_rejected(1, 7)
+    accept(round_, "b", 3)
+    round_.mark_folded(0, 7, 102.0)
+    told = describe_updates(round_, 0)
+    assert [(update.client, update.status) for update in told.updates] == [
+        ("a", "folded"),
+        ("b", "rejected"),
+        ("c", "accepted"),
+        ("b", "accepted"),
+    ]
+    assert (told.updates[0].first_byte, told.updates[0].folded, told.updates[0].latency) == (100.5, 102.0, 1.5)
+    assert (told.updates[2].folded, told.updates[2].latency) == (0.0, 0.0)
+    assert (told.total, told.next) == (4, 0)
+
+
+def test_the_updates_of_a_large_round_are_told_in_parts_that_fit_a_message():
+    round_ = make_round(goal=3000)
+    clients = ["\x01" * 256 if number % 7 == 0 else str(number) for number in range(3000)]
+    for number, client in enumerate(clients):
+        round_.accept(f"{client}{number}", number, 7, 1e300 / 3, 100.123456789)
+    found: list[str] = []
+    while True:
+        part = describe_updates(round_, len(found))
+        assert len(msgspec.json.encode(part)) < 150_000
+        found += [update.client for update in part.updates]
+        if not part.next:
+            break
+        assert part.next == len(found)
+    assert found == [update.client for update in round_.log]
+    assert describe_updates(round_, 5000).updates == ()
+
+
+def test_a_histogram_counts_each_update_in_the_first_bucket_that_holds_it():
+    histogram = LatencyHistogram()
+    for seconds in (0.0, BOUNDS[0], BOUNDS[1], 1e9):
+        histogram.observe(seconds)
+    state = histogram.state("job")
+    assert state.counts == (2, 1, *[0] * (len(BOUNDS) - 2), 1)
+    assert state.seconds == pytest.approx(1e9)
+
+
+def complete_round(number: int, updates: int) -> Round:
+    round_ = Round(number, JobSpec("job", "fedavg", updates), Hierarchy(1), opened=0.0)
+    for update in range(updates):
+        round_.accept(str(update), update, 1, 1.0, 0.0)
+    round_.complete(1.0)
+    return round_
+
+
+@pytest.mark.parametrize(("sizes", "kept"), [([1] * 9, [6, 7, 8, 9]), ([1, 30_000, 30_000], [3]), ([60_000], [])])
+def test_a_job_keeps_the_updates_of_few_rounds_and_not_of_huge_ones(
+    tmp_path: Path, sizes: list[int], kept: list[int]
+):
+    job = Job(JobSpec("job", "fedavg", 1), JobStore.of(tmp_path, "job"))
+    for number, size in enumerate(sizes, 1):
+        job.remember(complete_round(number, size))
+    assert list(job.rounds_with_updates()) == kept
+    assert len(job.history) == len(sizes)
 
 
 @settings(max_examples=200, deadline=None)
@@ -113,11 +195,14 @@ def test_any_order_of_events_ends_with_exactly_the_goal(goal: int, leaves: int, 
                 assert round_.mark_rejected(update.slot, update.generation) is update
                 round_.try_close(101.0)
             else:
-                assert round_.mark_folded(update.slot, update.generation) is update
-                assert round_.mark_folded(update.slot, update.generation) is None
+                assert round_.mark_folded(update.slot, update.generation, 101.0) is update
+                assert round_.mark_folded(update.slot, update.generation, 101.0) is None
     assert round_.accepted == round_.folded == goal
     assert sum(place.updates for place in round_.aggregators) == goal
     assert round_.weight == sum(update.num_samples for update in round_.updates.values())
+    statuses = [update.state().status for update in round_.log]
+    assert (statuses.count("folded"), statuses.count("rejected")) == (goal, len(round_.rejected_clients))
+    assert len(statuses) == goal + len(round_.rejected_clients)
 
 
 @pytest.mark.parametrize(

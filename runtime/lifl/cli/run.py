@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -47,6 +48,14 @@ from lifl.errors import Unavailable
     show_default=True,
     help="What carries descriptors: the kernel (needs CAP_BPF and CAP_NET_ADMIN) or UNIX sockets.",
 )
+@click.option(
+    "--start",
+    type=click.Choice(["fork", "spawn"]),
+    default="fork",
+    envvar="FUNC_START",
+    show_default=True,
+    help="How workers start: forked with the function loaded, or each a fresh interpreter (to compare).",
+)
 @state_directory_option
 @click.option(
     "--token-file",
@@ -67,6 +76,7 @@ def command(
     address: str | None,
     gateways: int,
     data_plane: str,
+    start: Literal["fork", "spawn"],
     state_directory: Path | None,
     token_file: Path | None,
     allow_anonymous: bool,
@@ -107,6 +117,7 @@ def command(
             token_file=token_file.absolute() if token_file else None,
             allow_anonymous=allow_anonymous,
             access_log=access_log,
+            start=start,
         )
     )
     try:

@@ -35,7 +35,8 @@ def command(
     """Show jobs and their rounds: all of a node, or one JOB.
 
     ACT is the aggregation completion time: from the first byte of the round's first update to the new global
-    model. STARTED/REUSED counts the round's aggregators.
+    model. LATENCY is the median time of an update from its first byte to folded. STARTED/REUSED counts the
+    round's aggregators.
 
     \b
     Examples:
@@ -135,7 +136,7 @@ def round_table(job: Mapping[str, Any]) -> Table:
 
     spec = job.get("spec") or {}
     rounds = Table(box=None, pad_edge=False)
-    for name in ("ROUND", "STATUS", "ACCEPTED", "REJECTED", "LATE", "ACT", "STARTED/REUSED"):
+    for name in ("ROUND", "STATUS", "ACCEPTED", "REJECTED", "LATE", "ACT", "LATENCY", "STARTED/REUSED"):
         rounds.add_column(name, justify="left" if name == "STATUS" else "right", no_wrap=True)
     for state in (job.get("last"), job.get("current")):
         if state:
@@ -146,6 +147,7 @@ def round_table(job: Mapping[str, Any]) -> Table:
                 _count(state.get("rejected")),
                 _count(state.get("late")),
                 format_seconds(state.get("act")),
+                format_seconds(state.get("latency_median")),
                 f"{_count(state.get('started'))}/{_count(state.get('reused'))}",
             )
     facts = Table.grid(padding=(0, 2))

@@ -30,7 +30,11 @@ class GatewayConnection:
         """Send. A gateway that reads too slowly to be told everything is cut off: it connects again and is told
         all anew."""
         try:
-            self.channel.send(message)
+            try:
+                self.channel.send(message)
+            except ProtocolError as error:  # too large: whoever asked is told, and nobody else is bothered
+                log.error("%s", error)
+                self.channel.send(Problem(500, "The answer is too large", str(error)))
         except Unavailable as error:
             log.debug("answer not delivered: %s", error)
             with contextlib.suppress(OSError):

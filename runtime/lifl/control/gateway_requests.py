@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Final
+
+import msgspec
 
 from lifl.control.background import Continuation
 from lifl.control.context import Context
@@ -15,6 +18,7 @@ from lifl.control.gateway_connections import GatewayConnection
 from lifl.control.idleness import Idleness
 from lifl.control.job import MAX_UPDATE_SLOTS, Job
 from lifl.control.job_store import JOB_NAME, JobStore
+from lifl.control.latencies import BOUNDS, describe_updates
 from lifl.control.model_keeper import ModelKeeper
 from lifl.control.round import Round
 from lifl.control.rounds import Rounds
@@ -31,13 +35,16 @@ from lifl.messages import (
     CreateJob,
     DeleteJob,
     DescribeJob,
+    DescribeLatencies,
     DescribeNodes,
     DescribeRound,
+    DescribeUpdates,
     Done,
     InstallModel,
     Jobs,
     JobSpec,
     JobState,
+    Latencies,
     ListJobs,
     Message,
     ModelSource,
@@ -45,6 +52,7 @@ from lifl.messages import (
     NodeState,
     Problem,
     ReturnModel,
+    RoundUpdates,
     Slots,
     Subscribe,
     ToCoordinator,
@@ -53,6 +61,9 @@ from lifl.messages import (
 from lifl.slot import split_slot_reference
 
 log = logging.getLogger("lifl.coordinator")
+
+_PAGE_BYTES: Final = 128 * 1024
+"""Of an answer that comes in parts: a message has to fit a socket's send buffer."""
 
 
 class GatewayRequests:
@@ -101,8 +112,12 @@ class GatewayRequests:
                 return self._find(request.job).state(self._context.data_plane)
             case DescribeRound():
                 return self._describe_round(connection, request)
+            case DescribeUpdates():
+                return self._describe_updates(request)
+            case DescribeLatencies():
+                return self._describe_latencies()
             case ListJobs():
-                return Jobs(tuple(job.state(self._context.data_plane) for job in self._context.jobs.values()))
+                return self._list_jobs(request.after)
             case DeleteJob():
                 return self._delete(request.job)
             case DescribeNodes():
@@ -311,6 +326,37 @@ class GatewayRequests:
             self._context.background.put(partial(_look_up_round, connection, job, request.round))
             return None
         return state or _unknown_round(job, request.round)
+
+    def _describe_updates(self, request: DescribeUpdates) -> RoundUpdates:
+        job = self._find(request.job)
+        known = job.rounds_with_updates()
+        if request.round in known:
+            return describe_updates(known[request.round], request.offset)
+        newest = job.round.number if job.round is not None else job.model_round - 1
+        if not 0 < request.round <= newest:
+            raise Refused(404, "no such round", f"round {request.round} of job {request.job!r} is not known here")
+        kept = ", ".join(map(str, known)) or "none"
+        raise Refused(
+            404,
+            "updates not kept",
+            f"the updates of round {request.round} of job {request.job!r} are not kept one by one any more; "
+            f"rounds that have them: {kept}",
+        )
+
+    def _list_jobs(self, after: str) -> Jobs:
+        states: list[JobState] = []
+        room = _PAGE_BYTES
+        for name in sorted(name for name in self._context.jobs if name > after):
+            state = self._context.jobs[name].state(self._context.data_plane)
+            room -= len(msgspec.msgpack.encode(state))
+            if room < 0 and states:
+                break
+            states.append(state)
+        return Jobs(tuple(states))
+
+    def _describe_latencies(self) -> Latencies:
+        running = [job for job in self._context.jobs.values() if job.pools is not None]
+        return Latencies(BOUNDS, tuple(job.latencies.state(job.spec.name) for job in running))
 
     def _subscribe(self, connection: GatewayConnection) -> None:
         self._context.subscribers.add(connection)

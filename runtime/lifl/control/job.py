@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from lifl.control.hierarchy import PendingEstimate
 from lifl.control.job_store import JobStore
+from lifl.control.latencies import LatencyHistogram
 from lifl.control.round import Round
 from lifl.errors import Refused
 from lifl.messages import JobSpec, JobState, PoolInfo, RoundState
@@ -26,6 +28,12 @@ MAX_UPDATE_SLOTS: Final = 4000
 
 _HISTORY_ROUNDS: Final = 1000
 """Complete rounds of a job that are kept in memory."""
+
+_RECENT_ROUNDS: Final = 4
+"""Complete rounds of a job whose updates can still be asked for one by one."""
+
+_RECENT_UPDATES: Final = 50_000
+"""Updates of these rounds in all; with more, fewer rounds are kept."""
 
 _MEMORY_SHARE: Final = 0.25
 """Share of the available memory that the update slots of one job may take by default."""
@@ -80,6 +88,10 @@ class Job:
     last: RoundState | None = None
     history: dict[int, RoundState] = field(default_factory=dict)
     """The newest complete rounds of this life of the coordinator, oldest first; the journal has all."""
+    recent: deque[Round] = field(default_factory=deque)
+    """Of these the last few, with each of their updates."""
+    latencies: LatencyHistogram = field(default_factory=LatencyHistogram)
+    """Of all updates that were folded in this life of the coordinator."""
     model_round: int = 0
     checkpointed_round: int = 0
     workers: dict[int, WorkerRecord] = field(default_factory=dict)
@@ -202,12 +214,18 @@ class Job:
 
     # --- what was ----------------------------------------------------------------------------------------
 
-    def remember(self, complete: RoundState) -> None:
+    def remember(self, complete: Round) -> None:
         """Take a complete round into the history, which keeps the newest ones."""
-        self.last = complete
-        self.history[complete.round] = complete
+        self.last = self.history[complete.number] = complete.state()
         if len(self.history) > _HISTORY_ROUNDS:
             del self.history[next(iter(self.history))]
+        self.recent.append(complete)
+        while len(self.recent) > _RECENT_ROUNDS or sum(len(old.log) for old in self.recent) > _RECENT_UPDATES:
+            self.recent.popleft()
+
+    def rounds_with_updates(self) -> dict[int, Round]:
+        """By number, the rounds whose updates are known one by one: the last complete ones and the open one."""
+        return {known.number: known for known in (*self.recent, self.round) if known is not None}
 
     # --- what others see ---------------------------------------------------------------------------------
 

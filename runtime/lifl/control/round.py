@@ -8,16 +8,18 @@ always goes to the top, because a leaf that has sent its partial aggregate takes
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lifl.control.hierarchy import Hierarchy
-from lifl.messages import JobSpec, RoundState
+from lifl.messages import JobSpec, RoundState, UpdateState
 
 Admission = Literal["open", "duplicate", "late"]
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class AcceptedUpdate:
     """One client's update, counted once."""
 
@@ -26,7 +28,28 @@ class AcceptedUpdate:
     generation: int
     num_samples: float
     aggregator: int
-    folded: bool = False
+    started: float
+    """Monotonic seconds of its first byte."""
+    folded: float = 0.0
+    """Monotonic seconds; 0 while it is not folded."""
+    rejected: bool = False
+
+    @property
+    def latency(self) -> float:
+        """Seconds from its first byte to folded; 0 while it is not."""
+        return self.folded - self.started if self.folded else 0.0
+
+    def state(self) -> UpdateState:
+        """The update as the API shows it."""
+        return UpdateState(
+            client=self.client,
+            num_samples=self.num_samples,
+            aggregator=self.aggregator,
+            status="rejected" if self.rejected else "folded" if self.folded else "accepted",
+            first_byte=self.started,
+            folded=self.folded,
+            latency=self.latency,
+        )
 
 
 @dataclass
@@ -61,6 +84,10 @@ class Round:
     updates: dict[str, AcceptedUpdate] = field(default_factory=dict)
     in_slot: dict[int, AcceptedUpdate] = field(default_factory=dict)
     """Accepted updates that are not folded yet, by slot reference."""
+    log: list[AcceptedUpdate] = field(default_factory=list)
+    """Every update that was accepted, in this order, also those that were rejected later."""
+    latencies: list[float] = field(default_factory=list)
+    """Seconds that the folded updates took, each from its first byte."""
     aggregators: list[Aggregator] = field(default_factory=list)
     rejected_clients: list[str] = field(default_factory=list)
     late: int = 0
@@ -112,19 +139,21 @@ class Round:
         """Count an update that `admit` found open, and choose its aggregator: the one with the least to do."""
         candidates = [self.top] if self.closed_once else self.aggregators
         chosen = min(candidates, key=lambda place: (place.pending, place.updates, -place.index))
-        update = AcceptedUpdate(client, slot, generation, num_samples, chosen.index)
+        update = AcceptedUpdate(client, slot, generation, num_samples, chosen.index, started)
         self.updates[client] = update
+        self.log.append(update)
         self.in_slot[slot] = update
         chosen.updates += 1
         if not self.first_started or started < self.first_started:
             self.first_started = started
         return update
 
-    def mark_folded(self, slot: int, generation: int) -> AcceptedUpdate | None:
+    def mark_folded(self, slot: int, generation: int, now: float) -> AcceptedUpdate | None:
         """Note that an update is part of a sealed accumulator; None when it is no open one (a repeat)."""
         update = self._take(slot, generation)
         if update is not None:
-            update.folded = True
+            update.folded = now
+            self.latencies.append(update.latency)
             place = self.aggregators[update.aggregator]
             place.folded += 1
             place.deaths = 0
@@ -136,6 +165,7 @@ class Round:
         if update is not None:
             self.aggregators[update.aggregator].updates -= 1
             del self.updates[update.client]
+            update.rejected = True
             self.rejected_clients.append(update.client)
             self.status = "open"
         return update
@@ -173,9 +203,11 @@ class Round:
 
     def expected_inputs(self, place: Aggregator) -> int:
         """Inputs the place has when the round is closed: its updates, for the top also the partials."""
-        if place is not self.top:
-            return place.updates
-        return place.updates + sum(self.sends_partial(other) for other in self.aggregators)
+        return place.updates + self.expected_partials(place)
+
+    def expected_partials(self, place: Aggregator) -> int:
+        """How many of these are partial aggregates."""
+        return sum(self.sends_partial(other) for other in self.aggregators) if place is self.top else 0
 
     def complete(self, now: float) -> None:
         """The global model is there."""
@@ -184,6 +216,7 @@ class Round:
 
     def state(self) -> RoundState:
         """The round as the API shows it."""
+        self.latencies.sort()  # cheap the next time: all but the newest are in order
         return RoundState(
             round=self.number,
             status=self.status,
@@ -198,4 +231,12 @@ class Round:
             started=self.started,
             reused=self.reused,
             rejected_clients=tuple(self.rejected_clients[:100]),
+            latency_median=_quantile(self.latencies, 0.5),
+            latency_p95=_quantile(self.latencies, 0.95),
+            latency_max=_quantile(self.latencies, 1.0),
         )
+
+
+def _quantile(ascending: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of all does not exceed (nearest rank); 0 of nothing."""
+    return ascending[max(1, math.ceil(share * len(ascending))) - 1] if ascending else 0.0

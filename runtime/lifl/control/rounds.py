@@ -81,8 +81,14 @@ class Rounds:
             place = job.place_of_accumulator(index)
             if 0 <= place < len(round_.aggregators):
                 round_.aggregators[place].delivered = True
-        elif round_.mark_folded(message.slot, message.generation) is not None:
-            self._context.release(message.slot, message.generation, round_.number)
+        else:
+            self._account_folded(job, round_, message.slot, message.generation)
+
+    def _account_folded(self, job: Job, round_: Round, slot: int, generation: int) -> None:
+        update = round_.mark_folded(slot, generation, time.monotonic())
+        if update is not None:
+            job.latencies.observe(update.latency)
+            self._context.release(slot, generation, round_.number)
 
     def _on_rejected(self, job: Job, round_: Round, message: Descriptor) -> None:
         update = round_.mark_rejected(message.slot, message.generation)
@@ -101,8 +107,7 @@ class Rounds:
         if job.gather:
             # Gathered updates stay in their slots until there is a model, so that nothing is lost before.
             for update in list(round_.in_slot.values()):
-                round_.mark_folded(update.slot, update.generation)
-                self._context.release(update.slot, update.generation, round_.number)
+                self._account_folded(job, round_, update.slot, update.generation)
         elif round_.folded != round_.accepted:
             return
         round_.complete(time.monotonic())
@@ -112,12 +117,16 @@ class Rounds:
         """Make the model of a complete round public and open the next round, if there is one."""
         following = round_.number + 1
         job.model_round = following
-        roles = round_.hierarchy.leaves + 1
-        round_.reused = max(0, roles - round_.started)
-        job.remember(round_.state())
-        if job.spec.rounds and round_.number >= job.spec.rounds:
-            job.status = "complete"
+        if job.spec.reuse:
+            roles = round_.hierarchy.leaves + 1
+            round_.reused = max(0, roles - round_.started)
+        job.remember(round_)
+        is_last = bool(job.spec.rounds) and round_.number >= job.spec.rounds
+        if is_last or not job.spec.reuse:
+            # They hold nothing that is still needed: all is folded, and the model is in its slot.
             self._workforce.stop(job)
+        if is_last:
+            job.status = "complete"
         else:
             self._open(job, following)
         self._context.publish(job)

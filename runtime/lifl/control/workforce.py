@@ -250,7 +250,8 @@ class Workforce:
             return  # somebody still reads what the new model would overwrite; sent when it is given back
         if place is round_.top or place.updates:
             expected = round_.expected_inputs(place)
-            self._context.send(record.endpoint, expected, round_.number, Kind.CLOSE)
+            partials = min(round_.expected_partials(place), 255)
+            self._context.send(record.endpoint, expected, round_.number, Kind.CLOSE, partials)
 
     # --- ending --------------------------------------------------------------------------------------------
 
