@@ -1,0 +1,62 @@
+"""A function's process and the sidecar in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from lifl_bench.broker.service import Service, python_command, python_environment
+from lifl_bench.broker.setup import Setup
+from lifl_bench.broker.sidecar import Sidecar
+
+_KEEP_LARGE_BLOCKS: Final = {
+    # Without these glibc maps every array of a model's size anew, and each first touch of a page is a fault.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+class Replica:
+    """Starts the function at once when constructed; `wait_ready` starts its sidecar."""
+
+    def __init__(self, setup: Setup, leaf: int, environment: Mapping[str, str]) -> None:
+        self._setup = setup
+        self._leaf = leaf
+        self._environment = environment
+        self._sidecar: Sidecar | None = None
+        ours = python_environment(environment)
+        if setup.tuning.recycle_memory:
+            ours |= _KEEP_LARGE_BLOCKS
+        command = python_command("function", str(setup.path), str(leaf))
+        self._function = Service(f"function-{leaf}", command, ours, Path(setup.directory))
+
+    def wait_ready(self) -> None:
+        """Return when events can be sent to the sidecar. Raises RuntimeError with a log; call `stop` then."""
+        upstream = int(self._function.ready_line())
+        setup = self._setup
+        self._sidecar = Sidecar(
+            f"sidecar-{self._leaf}", Path(setup.directory), setup.tuning, self._environment, upstream
+        )
+
+    @property
+    def port(self) -> int:
+        """Where the sidecar listens."""
+        assert self._sidecar is not None
+        return self._sidecar.port
+
+    def function_pids(self) -> list[int]:
+        """The function's processes."""
+        return self._function.pids()
+
+    def sidecar_pids(self) -> list[int]:
+        """The sidecar's processes."""
+        return self._sidecar.service.pids() if self._sidecar is not None else []
+
+    def stop(self) -> None:
+        """End both."""
+        if self._sidecar is not None:
+            self._sidecar.service.stop()
+        self._function.stop()
