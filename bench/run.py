@@ -1,6 +1,7 @@
 """`make bench`: every figure that LIFL promises on one node, against its goal, in one table.
 
-    python bench/run.py                        # all, about five minutes
+    python bench/run.py                        # all, about ten minutes
+    python bench/run.py --only compare         # LIFL against broker and gRPC alone; report in bench/results
     python bench/run.py --only fold --only round
     python bench/run.py -o json > figures.json
 
@@ -90,6 +91,44 @@ def hop_figures(data: dict[str, Any]) -> Iterator[Figure]:
             yield Figure("hop", name, variants[variant]["ratio_to_bare"], 1.2, at_most=True)
 
 
+_ACT, _CPU = "act_s", "cpu_s"
+
+
+def compare_figures(data: dict[str, Any]) -> Iterator[Figure]:
+    """LIFL against the baselines: how many times faster, and how many times less CPU, by medians."""
+    medians = {
+        (cell["model"], cell["updates"], cell["mode"], what): median_of(cell, what)
+        for cell in data["cells"]
+        for what in (_ACT, _CPU)
+    }
+    for model, updates, baseline, what, goal in (
+        ("resnet152", 1, "broker", _ACT, 5.8),
+        ("resnet152", 1, "grpc", _ACT, 3.0),
+        ("resnet18", 20, "broker", _ACT, 5.0),
+        ("resnet18", 20, "grpc", _ACT, 2.5),
+        ("resnet18", 20, "broker", _CPU, 8.0),
+        ("resnet18", 20, "grpc", _CPU, 3.0),
+    ):
+        ratio = medians[model, updates, baseline, what] / medians[model, updates, "lifl", what]
+        name = f"{updates} x {model}, {'ACT' if what == _ACT else 'CPU'}: {baseline} / lifl"
+        yield Figure("compare", name, ratio, goal, at_most=False)
+
+
+def median_of(cell: dict[str, Any], what: str) -> float:
+    """The median over the rounds of a cell of `func bench`; infinite if it failed."""
+    rounds = [sum(one[what].values()) if what == _CPU else one[what] for one in cell["rounds"]]
+    return statistics.median(rounds) if rounds else float("inf")
+
+
+_FAST_MODES = "lifl+lifl-unix+broker+broker-wire+grpc"
+COMPARE_ARGUMENTS = [
+    *("--cell", f"resnet152:1:1:{_FAST_MODES}"),
+    *("--cell", f"resnet18:20:2:{_FAST_MODES}"),
+    *("--cell", "resnet18:4:2", "--repeat", "5", "--ablation", "--train"),
+    *("--report", str(DIRECTORY / "results" / "comparison")),
+]
+"""The stock broker takes part with four updates only: with more it takes minutes for a round."""
+
 BENCHMARKS: dict[str, tuple[list[str], Callable[[Any], Iterator[Figure]]]] = {
     "fold": ([], fold_figures),
     "ingest": ([], ingest_figures),
@@ -97,6 +136,7 @@ BENCHMARKS: dict[str, tuple[list[str], Callable[[Any], Iterator[Figure]]]] = {
     "start": ([], start_figures),
     "round": ([], round_figures),
     "idle": ([], idle_figures),
+    "compare": (COMPARE_ARGUMENTS, compare_figures),
 }
 
 
@@ -119,10 +159,11 @@ def main(only: tuple[str, ...], output: str) -> None:
         for name in names:
             arguments, extract = BENCHMARKS[name]
             progress.update(task, description=name)
-            command = [sys.executable, str(DIRECTORY / f"{name}.py"), *arguments, "-o", "json"]
+            program = ["-m", "lifl.cli", "bench"] if name == "compare" else [str(DIRECTORY / f"{name}.py")]
+            command = [sys.executable, *program, *arguments, "-o", "json"]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=900)
             if done.returncode:
-                raise click.ClickException(f"bench/{name}.py failed; run it alone to see why")
+                raise click.ClickException(f"benchmark {name} failed; run it alone to see why")
             raw[name] = json.loads(done.stdout)
             figures += extract(raw[name])
             progress.advance(task)

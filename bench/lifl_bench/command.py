@@ -42,7 +42,7 @@ DEFAULT_MODES = "lifl,lifl-unix,broker,broker-stock,grpc"
     "--cell",
     "cells",
     multiple=True,
-    metavar="MODEL:UPDATES:LEVELS",
+    metavar="MODEL:UPDATES:LEVELS[:MODE+MODE]",
     help="Run just this combination (may be repeated), instead of all of --models, --updates, --levels.",
 )
 @click.option(

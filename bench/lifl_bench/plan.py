@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lifl
@@ -29,6 +29,12 @@ class CellPlan:
     model: Model
     updates: int
     levels: int
+    only: tuple[str, ...] = ()
+    """Names of the modes that run this cell; all that were chosen if there are none."""
+
+    def select(self, modes: Sequence[Mode]) -> list[Mode]:
+        """Those of the modes that run this cell."""
+        return [mode for mode in modes if not self.only or mode.name in self.only]
 
     @property
     def tree(self) -> Tree:
@@ -46,15 +52,18 @@ class CellPlan:
 
 
 def parse_cells(texts: Iterable[str]) -> list[CellPlan]:
-    """Cells from `MODEL:UPDATES:LEVELS`. Raises CommandError."""
+    """Cells from `MODEL:UPDATES:LEVELS` or `MODEL:UPDATES:LEVELS:MODE+MODE`. Raises CommandError."""
     cells = []
     for text in texts:
-        name, _, rest = text.partition(":")
-        numbers = rest.split(":")
-        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            hint = ("func bench --cell resnet152:1:1 --cell resnet18:20:2", "model, updates, levels")
+        name, *rest = text.split(":")
+        if len(rest) not in (2, 3) or not all(number.isdecimal() for number in rest[:2]):
+            hint = (
+                "func bench --cell resnet152:1:1 --cell resnet18:20:2:lifl+grpc",
+                "model, updates, levels, modes",
+            )
             raise CommandError(f"'{text}' is no cell", [hint])
-        cells += plan_cells([name], [int(numbers[0])], [int(numbers[1])])
+        only = tuple(mode.name for mode in parse_modes(rest[2].replace("+", ","))) if len(rest) == 3 else ()
+        cells += [replace(cell, only=only) for cell in plan_cells([name], [int(rest[0])], [int(rest[1])])]
     return cells
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from lifl.cli.common import CommandError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -51,7 +52,9 @@ class Session:
         """Raises CommandError if something does not fit on this machine."""
         directory = Path(tempfile.gettempdir())
         for plan in self.cells:
-            fits_at_once(plan, self.modes, directory)
+            if not plan.select(self.modes):
+                raise CommandError(f"none of the modes runs {plan.updates} x {plan.model.name}")
+            fits_at_once(plan, plan.select(self.modes), directory)
         if self.ablation is not None:
             self._steps = [step for step in STEPS if self.has_broker or not step.needs_broker]
             fits_at_once(self.ablation, [mode for mode in self.modes if mode.name == "lifl"], directory)
@@ -68,7 +71,8 @@ class Session:
                 self._run_training(self.training, Path(directory) / "training", progress)
 
     def _count_steps(self) -> int:
-        turns = self.options.repeat * (len(self.cells) * len(self.modes) + len(self._steps))
+        contests = sum(len(plan.select(self.modes)) for plan in self.cells) + len(self._steps)
+        turns = self.options.repeat * contests
         return turns + (self.training.rounds * len(self.modes) if self.training else 0)
 
     # --- cells -------------------------------------------------------------------------------------------------
@@ -77,13 +81,14 @@ class Session:
         workload = Workload(plan.model, plan.updates)
         initial = workload.initial_model()
         contestants = []
-        for mode in self.modes:
+        modes = plan.select(self.modes)
+        for mode in modes:
             cell = self._cell(plan, directory / mode.name, initial)
             result = _blank_result(mode.name, plan)
             result.copies, result.copies_detail = mode.copies(cell)
             self.results.cells.append(result)
             contestants.append(Contestant(mode.deploy(cell, self.setting), workload, result))
-        at_once = fits_at_once(plan, self.modes, directory)
+        at_once = fits_at_once(plan, modes, directory)
         if not at_once:
             self._note(f"{plan.updates} x {plan.model.name}: deployed one at a time, for want of memory for all")
         progress.title = f"{plan.updates} x {plan.model.name}"

@@ -48,7 +48,8 @@ class Kind(IntEnum):
     """Coordinator to aggregator: the round has exactly `slot` inputs for you; send the result up after them.
     `generation` of them are partial aggregates (255: so many or more)."""
     MODEL = 8
-    """Top aggregator to coordinator: the round's global model is complete in this slot."""
+    """Top aggregator to coordinator: the round's global model is complete in this slot. With `generation` 1 it
+    contains updates that were not reported as folded, and frees their slots."""
 
 
 class Descriptor(NamedTuple):

@@ -148,33 +148,54 @@ class Fold:
         total_weight: float,
         previous_model: Buffer | None = None,
         delta_weight: float = 0.0,
+        inputs: Sequence[Input] = (),
     ) -> bool:
         """Write the new model and tell whether every parameter of it is finite.
 
-        out_model = (sum of accumulators + delta_weight * previous_model) / total_weight, in the model's dtypes.
-        `previous_model` with the total weight of the updates that were differences turns those into models; it
-        may be `out_model` itself. Floats are multiplied by 1 / total_weight rounded to the precision of the
-        sums, which costs at most one rounding more than a division, and rounded once, to nearest even, to
-        F16 or BF16 (from float64 sums to BF16 by way of float32); integers and bools follow the rule in
-        `lifl.model_layout`. A value beyond the range of F16 or BF16 counts as not finite.
-        Raises ValueError for no accumulators, a weight that cannot divide, or short or read-only buffers.
+        out_model = (sum of accumulators + sum of weight * input + delta_weight * previous_model) / total_weight,
+        in the model's dtypes. `previous_model` with the total weight of the updates that were differences turns
+        those into models; it may be `out_model` itself. `inputs` that were not folded before save a pass over
+        the accumulator; each of them must be one that it `can_finish_with`. Floats are multiplied by
+        1 / total_weight rounded to the precision of the sums, which costs at most one rounding more than a
+        division, and rounded once, to nearest even, to F16 or BF16 (from float64 sums to BF16 by way of
+        float32); integers and bools follow the rule in `lifl.model_layout`. A value beyond the range of F16 or
+        BF16 counts as not finite.
+        Raises ValueError for no accumulators nor inputs, inputs that need a fold first, a weight that cannot
+        divide, or short or read-only buffers.
         """
-        if not accumulators:
-            raise ValueError("finish needs at least one accumulator")
+        if not accumulators and not inputs:
+            raise ValueError("finish needs at least one accumulator or input")
+        if not all(self.can_finish_with(item.plan) for item in inputs):
+            raise ValueError("an input has to be folded before it can become part of the model")
         if not (math.isfinite(total_weight) and total_weight > 0):
             raise ValueError(f"the total weight must be finite and more than 0, not {total_weight}")
         payload_bytes = self.model.payload_bytes
+        out_view = _view(out_model, payload_bytes, writable=True)
+        _check_overlap(out_view, None, inputs)
         finishing = _Finishing(
-            _view(out_model, payload_bytes, writable=True),
+            out_view,
             [_view(buffer, self.accumulators.nbytes) for buffer in accumulators],
             float(total_weight),
-            None if previous_model is None else _view(previous_model, payload_bytes),
+            _view(previous_model, payload_bytes) if previous_model is not None and delta_weight else None,
             float(delta_weight),
+            inputs,
         )
         finite = True
-        for run, sums in self._runs:
-            finite &= finishing.write(run, sums)
+        for index, (run, sums) in enumerate(self._runs):
+            finite &= finishing.write(index, run, sums)
         return finite
+
+    def can_finish_with(self, plan: FoldPlan) -> bool:
+        """Whether `finish` takes inputs of this plan: all is float, in the precision of the sums, and lies as in
+        the model."""
+        return all(
+            run.dtype in FLOAT_DTYPES
+            and run.dtype == sums.dtype
+            and len(segments) == 1
+            and segments[0].dtype == run.dtype
+            and segments[0].count == run.count
+            for (run, sums), segments in zip(self._runs, plan.by_run, strict=True)
+        )
 
     def non_finite(self, payload: Buffer, plan: FoldPlan, weight: float) -> bool:
         """Tell whether one update has a NaN, an infinity, or a value that overflows when it is weighted.
@@ -327,13 +348,15 @@ class _Finishing:
     total_weight: float
     previous: Bytes | None
     delta_weight: float
+    inputs: Sequence[Input]
 
-    def write(self, run: Run, sums: SumRun) -> bool:
-        """Write one run of the model and tell whether all of it is finite."""
+    def write(self, index: int, run: Run, sums: SumRun) -> bool:
+        """Write one run of the model, the one with this index, and tell whether all of it is finite."""
         if run.dtype not in FLOAT_DTYPES:
             return self._write_integers(run, sums)
         if run.dtype == sums.dtype:
-            return self._sum(run, sums, 0, run.count, _address(self.out) + run.offset)
+            addresses = [item.address + item.plan.by_run[index][0].source_offset for item in self.inputs]
+            return self._sum(run, sums, 0, run.count, _address(self.out) + run.offset, addresses)
         scratch = np.empty(_TILE_ITEMS, _NUMPY_DTYPES[sums.dtype])
         finite = True
         for start, count in _tiles(run.count):
@@ -342,11 +365,20 @@ class _Finishing:
             finite &= _round_floats(place, scratch[:count], run.dtype)
         return finite
 
-    def _sum(self, run: Run, sums: SumRun, start: int, count: int, out_address: int) -> bool:
+    def _sum(
+        self,
+        run: Run,
+        sums: SumRun,
+        start: int,
+        count: int,
+        out_address: int,
+        input_addresses: Sequence[int] = (),
+    ) -> bool:
         """Write the mean of some items of a float run, in the dtype of the sums, to `out_address`."""
         offset = sums.offset + start * ITEM_BYTES[sums.dtype]
-        addresses = [_address(view) + offset for view in self.accumulators]
-        weights = [1.0 / self.total_weight] * len(addresses)
+        addresses = [*(_address(view) + offset for view in self.accumulators), *input_addresses]
+        weights = [1.0 / self.total_weight] * len(self.accumulators)
+        weights += [item.weight / self.total_weight for item in self.inputs]
         if self.previous is None:
             return weighted_sum(
                 out_address, addresses, weights, count, dtype=sums.dtype, accumulate_dtype=sums.dtype

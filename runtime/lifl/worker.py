@@ -420,11 +420,47 @@ class Worker:
     def _finish(self, current: Assignment) -> None:
         """Fold the updates that are left, then merge the partial aggregates on the way into the new model."""
         partials = [item for item in current.ready if item.partial is not None]
-        current.ready = [item for item in current.ready if item.partial is None]
+        updates = [item for item in current.ready if item.partial is None]
+        if self._finish_at_once(current, updates, partials):
+            return
+        current.ready = updates
         self._fold_ready(current)
         if current.inputs + len(partials) != current.expected:
             current.ready = partials
             return
+        sums, weight, delta_weight = self._sums_of(current, partials)
+        if not self._write_model(current, sums, weight, delta_weight):
+            raise LiflError(f"the global model of round {current.round} would not be finite")
+        self._send_model(current, contains_all=False)
+
+    def _finish_at_once(
+        self, current: Assignment, updates: Sequence[ReadyInput], partials: Sequence[ReadyInput]
+    ) -> bool:
+        """Make the model of the sums and the updates that are left in one pass, if nothing stands against it.
+
+        The updates stay in their slots until the coordinator has the model: no seal names them.
+        """
+        plans = [item.update.plan for item in updates if item.update is not None]
+        if not 0 < len(updates) <= FOLD_BATCH or not all(map(self._fold.can_finish_with, plans)):
+            return False
+        if current.inputs + len(current.ready) != current.expected:
+            return False
+        total = Aggregate(current.round, current.seal.weight if current.seal else 0.0)
+        inputs, taken, weight, delta_weight = self._inputs_of(total, updates)
+        if len(taken) < len(updates):
+            current.ready = [*taken, *partials]
+            return True  # the coordinator has been told, and says how many there are without the rejected ones
+        sums, sealed_weight, sealed_delta_weight = self._sums_of(current, partials)
+        weight, delta_weight = weight + sealed_weight, delta_weight + sealed_delta_weight
+        if not weight > 0 or not self._write_model(current, sums, weight, delta_weight, inputs):
+            return False  # folding them one batch after the other finds out whose fault it is
+        self._send_model(current, contains_all=True)
+        return True
+
+    def _sums_of(
+        self, current: Assignment, partials: Sequence[ReadyInput]
+    ) -> tuple[list[memoryview], float, float]:
+        """Partial aggregates and what is sealed here, with their weight and the weight of differences in them."""
         sums = [item.sums for item in partials if item.sums is not None]
         weight = sum(item.partial.weight for item in partials if item.partial)
         delta_weight = sum(item.partial.delta_weight for item in partials if item.partial)
@@ -432,7 +468,7 @@ class Worker:
             sums.insert(0, self._current_accumulator(current))
             weight += current.seal.weight
             delta_weight += current.seal.delta_weight
-        self._write_model(current, sums, weight, delta_weight)
+        return sums, weight, delta_weight
 
     def _finish_gathered(self, current: Assignment) -> None:
         innocent = self._reject_culprits(current.ready)
@@ -445,19 +481,27 @@ class Worker:
         self._function(gathered)
         if not gathered.complete:
             raise LiflError(f"{self._function.name} did not go over all tiles of the model")
-        self._write_model(current, [out], 1.0, 0.0)
+        if not self._write_model(current, [out], 1.0, 0.0):
+            raise LiflError(f"the global model of round {current.round} would not be finite")
+        self._send_model(current, contains_all=True)
 
     def _model_payload(self, round_number: int) -> memoryview:
         return self._aggregates.payload(round_number % self._spec.model_slots, self._model.payload_bytes)
 
     def _write_model(
-        self, current: Assignment, sums: list[memoryview], weight: float, delta_weight: float
-    ) -> None:
+        self,
+        current: Assignment,
+        sums: Sequence[memoryview],
+        weight: float,
+        delta_weight: float,
+        inputs: Sequence[Input] = (),
+    ) -> bool:
+        """Write the model of the next round into its slot and tell whether it is finite."""
         previous = self._model_payload(current.round)
         out = self._model_payload(current.round + 1)
         if weight > 0:
-            if not self._fold.finish(out, sums, weight, previous, delta_weight):
-                raise LiflError(f"the global model of round {current.round} would not be finite")
+            if not self._fold.finish(out, sums, weight, previous, delta_weight, inputs):
+                return False
         else:
             out[:] = previous
         optimizer = self._function.server_optimizer
@@ -465,9 +509,12 @@ class Worker:
             apply_server_optimizer(
                 optimizer, self._accumulators, previous, out, self._state(current.round), current.round
             )
+        return True
+
+    def _send_model(self, current: Assignment, *, contains_all: bool) -> None:
         slot = slot_reference(self._infos["aggregates"].pool, (current.round + 1) % self._spec.model_slots)
         current.sent = True
-        self._endpoint.send(self._coordinator, slot, current.round, Kind.MODEL)
+        self._endpoint.send(self._coordinator, slot, current.round, Kind.MODEL, int(contains_all))
 
     def _state(self, round_number: int) -> list[tuple[memoryview, memoryview]]:
         """(array at the start of the round, array to be written) of each optimiser array."""

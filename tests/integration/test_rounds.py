@@ -112,18 +112,49 @@ def test_an_update_that_is_not_finite_is_rejected_by_client_and_leaves_the_model
 
 def test_updates_that_overflow_only_together_lose_the_heaviest(tmp_path: Path, data_plane: str):
     with Platform(tmp_path, data_plane, cores=1) as platform:
-        platform.create_job(MODEL, goal=3, timing="lazy")
+        platform.create_job(MODEL, goal=5)
         huge = np.full(SIZE, 3e38, np.float32)
-        small = [random_update(1), random_update(2)]
+        small = [random_update(1), random_update(2), random_update(3), random_update(4)]
         platform.submit("a", small[0].tobytes())
         platform.submit("huge-1", huge.tobytes())
         platform.submit("huge-2", huge.tobytes())
         until(lambda: platform.describe().current.rejected, what="rejection")
-        platform.submit("b", small[1].tobytes())
+        for client, update in zip("bcd", small[1:], strict=True):
+            platform.submit(client, update.tobytes())
         state = platform.wait_for_round(2)
-        assert state.last.accepted == 3
+        assert state.last.accepted == 5
         assert state.last.rejected_clients[0].startswith("huge")
-        assert_close(platform.model(), [huge, *small], [1.0] * 3)
+        assert_close(platform.model(), [huge, *small], [1.0] * 5)
+
+
+def test_updates_that_overflow_together_but_not_in_the_mean_all_count(tmp_path: Path, data_plane: str):
+    with Platform(tmp_path, data_plane, cores=1) as platform:
+        platform.create_job(MODEL, goal=3, timing="lazy")  # so that one pass makes the model of all three
+        huge = np.full(SIZE, 3e38, np.float32)
+        small = random_update(1)
+        platform.submit("a", small.tobytes())
+        platform.submit("huge-1", huge.tobytes())
+        platform.submit("huge-2", huge.tobytes())
+        state = platform.wait_for_round(2)
+        assert (state.last.accepted, state.last.folded, state.last.rejected) == (3, 3, 0)
+        assert_close(platform.model(), [huge, huge, small], [1.0] * 3)
+        platform.wait_for_all_slots()
+
+
+def test_an_update_that_is_not_finite_is_found_though_all_come_in_one_pass(tmp_path: Path, data_plane: str):
+    with Platform(tmp_path, data_plane, cores=1) as platform:
+        platform.create_job(MODEL, goal=3, timing="lazy")
+        updates = [random_update(client) for client in range(3)]
+        broken = updates[1].copy()
+        broken[SIZE // 2] = np.nan
+        for client, update in enumerate([updates[0], broken, updates[2]]):
+            platform.submit(str(client), update.tobytes())
+        until(lambda: platform.describe().current.rejected, what="rejection")
+        platform.submit("1", updates[1].tobytes())
+        state = platform.wait_for_round(2)
+        assert (state.last.accepted, state.last.rejected_clients) == (3, ("1",))
+        assert_close(platform.model(), updates, [1.0] * 3)
+        platform.wait_for_all_slots()
 
 
 @pytest.mark.parametrize("victims", ["one", "all"])

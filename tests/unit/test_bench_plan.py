@@ -48,8 +48,14 @@ def test_cells_can_be_named_one_by_one() -> None:
     assert (cell.model.name, cell.updates, cell.levels) == ("resnet152", 1, 1)
 
 
+def test_a_cell_can_be_for_some_modes_only() -> None:
+    (cell,) = parse_cells(["4000:3:1:grpc+lifl"])
+
+    assert [mode.name for mode in cell.select(list(MODES.values()))] == ["lifl", "grpc"]
+
+
 @pytest.mark.parametrize(
-    "text", ["resnet18", "resnet18:4", "resnet18:x:1", "resnet18:4:1:1", ":4:1", "resnet18:4:3"]
+    "text", ["resnet18", "resnet18:4", "resnet18:x:1", "resnet18:4:1:kafka", ":4:1", "resnet18:4:3"]
 )
 def test_what_is_no_cell_is_refused(text: str) -> None:
     with pytest.raises(CommandError):

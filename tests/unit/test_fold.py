@@ -437,6 +437,57 @@ def test_several_accumulators_and_differences_to_the_previous_model_are_finished
             np.testing.assert_array_equal(result["level"], np.minimum(whole, 255))
 
 
+SINGLES = make_model(weight=("F32", (129, 33)), bias=("F32", (7,)))
+
+
+@pytest.mark.parametrize("sealed", [0, 1, 2])
+@pytest.mark.parametrize("unfolded", [1, 2, 9])
+@pytest.mark.parametrize("delta_share", [0.0, 0.5])
+def test_updates_that_were_not_folded_can_become_part_of_the_model_at_once(
+    sealed: int, unfolded: int, delta_share: float
+) -> None:
+    fold, plan = make_fold(SINGLES), plan_update(SINGLES, SINGLES)
+    count = SINGLES.payload_bytes // 4
+    updates = [random.standard_normal(count).astype(np.float32) for _ in range(sealed + unfolded)]
+    weights = [1.0 + number for number in range(len(updates))]
+    inputs = [fold.update(update, plan, weight) for update, weight in zip(updates, weights, strict=True)]
+    partials = []
+    for item in inputs[:sealed]:
+        partials.append(accumulator(fold))
+        assert fold.fold(partials[-1], [item])
+    previous = random.standard_normal(count).astype(np.float32)
+    total = sum(weights)
+    model = aligned(count, np.float32)
+
+    assert fold.finish(model, partials, total, previous, delta_share * total, inputs[sealed:])
+
+    mean = sum(w * u.astype(np.float64) for w, u in zip(weights, updates, strict=True)) / total
+    np.testing.assert_allclose(model, mean + delta_share * previous, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_model_of_unfolded_updates_tells_that_it_is_not_finite(bad: float) -> None:
+    fold, plan = make_fold(SINGLES), plan_update(SINGLES, SINGLES)
+    update = aligned(SINGLES.payload_bytes // 4, np.float32)
+    update[-1] = bad
+
+    assert not fold.finish(
+        np.empty(SINGLES.payload_bytes, np.uint8), [], 1.0, inputs=[fold.update(update, plan, 1)]
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_inputs_that_need_a_fold_first_are_told_from_others(precision: Precision) -> None:
+    fold = make_fold(SINGLES, precision)
+    straight, other = plan_update(SINGLES, SINGLES), plan_update(SINGLES, permuted(SINGLES, 3, compressed=True))
+    assert fold.can_finish_with(straight) == (precision == "float32")
+    assert not fold.can_finish_with(other)
+    assert not make_fold(MIXED).can_finish_with(plan_update(MIXED, MIXED))
+    update = fold.update(aligned(SINGLES.payload_bytes, np.uint8), other, 1.0)
+    with pytest.raises(ValueError, match="has to be folded before"):
+        fold.finish(aligned(SINGLES.payload_bytes, np.uint8), [], 1.0, inputs=[update])
+
+
 def test_integers_round_half_to_even_and_clip_and_bools_need_half() -> None:
     model = make_model(i=("I8", (4,)), b=("BOOL", (4,)), u=("U64", (2,)), s=("I64", (2,)))
     fold = make_fold(model)

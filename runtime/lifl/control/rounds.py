@@ -104,9 +104,12 @@ class Rounds:
         expected = job.model_slot_reference(round_.number + 1)
         if round_.status != "closing" or record.place != round_.top.index or message.slot != expected:
             return
-        if job.gather:
-            # Gathered updates stay in their slots until there is a model, so that nothing is lost before.
-            for update in list(round_.in_slot.values()):
+        if message.generation:
+            # Updates that no seal names stay in their slots until there is a model: nothing is lost before.
+            rest = list(round_.in_slot.values())
+            if any(update.aggregator != record.place for update in rest):
+                return
+            for update in rest:
                 self._account_folded(job, round_, update.slot, update.generation)
         elif round_.folded != round_.accepted:
             return
