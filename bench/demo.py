@@ -21,7 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
-from lifl_bench.processes import NodeProcess, Team, limit_threads
+from lifl_bench.node_process import NodeProcess
+from lifl_bench.processes import Team, limit_threads
 
 USER_ENVIRONMENT = limit_threads()  # before numpy and torch are imported below: clients are forked from here
 

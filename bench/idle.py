@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lifl_bench.processes import NodeProcess, limit_threads
+from lifl_bench.node_process import NodeProcess
+from lifl_bench.processes import limit_threads
 
 ENVIRONMENT = limit_threads()
 

@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lifl_bench.processes import NodeProcess, limit_threads
+from lifl_bench.node_process import NodeProcess
+from lifl_bench.processes import limit_threads
 
 ENVIRONMENT = limit_threads()
 

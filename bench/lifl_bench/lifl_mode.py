@@ -17,7 +17,7 @@ from lifl.errors import LiflError
 
 from lifl_bench.deployment import Cell, Timing
 from lifl_bench.measure import tree_of
-from lifl_bench.processes import NodeProcess
+from lifl_bench.node_process import NodeProcess
 
 JOB = "bench"
 COPIES = 2.0

@@ -1,26 +1,19 @@
-"""Processes of the benchmarks: clients forked from this one, a node started as users do, and what they cost."""
+"""Processes forked from a benchmark, which play its clients."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
-
-from lifl.cli.common import normalise_url
-
-from lifl_bench.measure import read_stat, tree_cpu, tree_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -47,114 +40,6 @@ _libc = ctypes.CDLL(None)
 def die_with_parent() -> None:
     """In a new process: be told to end when the benchmark is killed and can stop nothing any more."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-# --- the node ------------------------------------------------------------------------------------------------
-
-
-class NodeProcess:
-    """A node of its own on a free port, started with `func run`; use it in a `with` statement.
-
-    Raises RuntimeError, with what the node printed, if it does not come up.
-    """
-
-    def __init__(
-        self,
-        state_directory: Path,
-        environment: dict[str, str],
-        *,
-        data_plane: str = "auto",
-        project: Path = REPOSITORY,
-        gateways: int = 1,
-        arguments: Sequence[str] = (),
-    ) -> None:
-        state_directory.mkdir(parents=True, exist_ok=True)
-        self._log = state_directory / "node.log"
-        command = [sys.executable, "-m", "lifl.cli", "run", "--path", str(project), "--address", "127.0.0.1:0"]
-        command += ["--state-directory", str(state_directory), "--data-plane", data_plane]
-        command += ["--gateways", str(gateways), *arguments, "-o", "json"]
-        with self._log.open("wb") as log:
-            # A session of its own: Ctrl-C is for the benchmark, which then stops the node in order.
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={name: value for name, value in environment.items() if not name.startswith("FUNC_")},
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-        try:
-            ready = self._wait_ready()
-        except BaseException:
-            self.stop()
-            raise
-        self.address = normalise_url(ready["address"])
-        self.data_plane = str(ready["data_plane"])
-
-    def _wait_ready(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        line = b""
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while not line.endswith(b"\n"):
-            if not connection.wait([descriptor], max(0.0, deadline - time.monotonic())):
-                raise RuntimeError(f"the node did not start within {_START_TIMEOUT_S:.0f} s:\n{self.log()}")
-            if not (chunk := os.read(descriptor, 65536)):
-                raise RuntimeError(f"the node did not start:\n{self.log()}")
-            line += chunk
-        ready: dict[str, Any] = json.loads(line)
-        return ready
-
-    @property
-    def pid(self) -> int:
-        """The supervisor's process id; the node's other processes are below it."""
-        return self._process.pid
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the supervisor is there."""
-        return self._process.poll() is None
-
-    def log(self) -> str:
-        """The end of what the node printed."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-
-    def cpu_seconds(self) -> float:
-        """CPU seconds of all processes of the node so far."""
-        return tree_cpu(self.pid)
-
-    def stop(self) -> None:
-        """End the node, by force if it takes too long, and whatever it may leave behind."""
-        below = tree_of(self.pid)
-        if self.is_running:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                below |= tree_of(self.pid)
-                self._process.kill()
-                self._process.wait()
-        for pid, stat in below.items():
-            now = read_stat(pid)
-            if now is not None and now.started == stat.started:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-        if self._process.stdout:
-            self._process.stdout.close()
-
-    def __enter__(self) -> NodeProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-
-# --- clients -------------------------------------------------------------------------------------------------
 
 
 class _Failure(NamedTuple):

@@ -6,16 +6,10 @@ made in `connect`, in the client's own process.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing import connection
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -32,7 +26,8 @@ from lifl_bench.grpc_mode.protocol import (
     keep_freed_memory,
     round_metadata,
 )
-from lifl_bench.processes import THREAD_VARIABLES, die_with_parent
+from lifl_bench.processes import THREAD_VARIABLES
+from lifl_bench.service import Service
 
 COPIES: Final = 7.0
 COPIES_DETAIL: Final = (
@@ -41,11 +36,9 @@ COPIES_DETAIL: Final = (
 )
 
 _START_SECONDS: Final = 60.0
-_STOP_SECONDS: Final = 5.0
 _CONNECT_SECONDS: Final = 30.0
 _CALL_SECONDS: Final = 600.0
 _FETCH_SECONDS: Final = 60.0
-_LOG_LINES: Final = 20
 
 
 # --- clients -------------------------------------------------------------------------------------------------
@@ -168,72 +161,6 @@ def _fetch(channel: Any, number: int) -> memoryview:
 # --- servers -------------------------------------------------------------------------------------------------
 
 
-class _Server:
-    """The process of one aggregator, and the lines it says."""
-
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        self._log = log
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "lifl_bench.grpc_mode.server", *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._process.poll() is None
-
-    def hear(self, deadline: float) -> dict[str, Any]:
-        """The next line. Raises RuntimeError, with the log, if there comes none."""
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        line = b""
-        while not line.endswith(b"\n"):
-            if not connection.wait([descriptor], max(0.0, deadline - time.monotonic())):
-                raise RuntimeError(f"a gRPC server did not start within {_START_SECONDS:.0f} s:\n{self._tail()}")
-            if not (piece := os.read(descriptor, 65536)):
-                raise RuntimeError(f"a gRPC server did not start:\n{self._tail()}")
-            line += piece
-        heard: dict[str, Any] = json.loads(line)
-        return heard
-
-    def tell(self, message: Mapping[str, object]) -> None:
-        """Say one line; a server that is gone is found out by `hear`."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _tail(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        if self.is_running:
-            self._process.send_signal(signal.SIGTERM)
-
-    def wait(self) -> None:
-        """See it end, by force if it takes too long."""
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-
 class GrpcDeployment:
     """Always-on gRPC servers, one for each leaf of the tree."""
 
@@ -246,7 +173,7 @@ class GrpcDeployment:
         self._model = cell.directory / "grpc-model.safetensors"
         self._stamps_file = cell.directory / "grpc-stamps"
         self._stamps: Stamps | None = None
-        self._servers: list[_Server] = []
+        self._servers: list[Service] = []
         self._addresses: list[str] = []
 
     def start(self) -> None:
@@ -257,10 +184,12 @@ class GrpcDeployment:
         try:
             for leaf in range(self._cell.tree.leaves):
                 log = self._cell.directory / f"grpc-leaf-{leaf}.log"
-                self._servers.append(_Server(self._arguments(leaf), self._environment(), log))
-            self._addresses = [f"127.0.0.1:{server.hear(deadline)['port']}" for server in self._servers]
+                command = [sys.executable, "-m", "lifl_bench.grpc_mode.server", *self._arguments(leaf)]
+                self._servers.append(Service("a gRPC server", command, self._environment(), log))
+            ports = [json.loads(server.hear(deadline))["port"] for server in self._servers]
+            self._addresses = [f"127.0.0.1:{port}" for port in ports]
             for server in self._servers:
-                server.tell({"top": self._addresses[0]})
+                server.tell(json.dumps({"top": self._addresses[0]}))
             for server in self._servers:
                 server.hear(deadline)
         except BaseException:
@@ -284,7 +213,7 @@ class GrpcDeployment:
         for server in self._servers:
             server.terminate()
         for server in self._servers:
-            server.wait()
+            server.stop()
         self._servers = []
         self._addresses = []
         self._stamps = None
