@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lifl_bench.results import Results
     from lifl_bench.session import Session
 
-DEFAULT_MODES = "lifl,lifl-unix,broker,broker-stock,grpc"
+DEFAULT_MODES = "lifl,lifl-unix,broker,broker-wire,broker-stock,grpc"
 
 
 @click.command("bench")
@@ -215,6 +215,8 @@ def _available(modes: list[Mode], setting: Setting) -> tuple[list[Mode], list[st
 def _check(running: Session, report: Path | None) -> None:
     """What can be known to fail is said before anything starts."""
     running.check()
+    if running.setting.nats_url is not None:
+        _check_nats(running.setting.nats_url)
     if running.training is not None:
         _need_packages(["torch", "sklearn"], "--train", "pip install 'lifl[demo]'")
     if report is not None:
@@ -225,6 +227,29 @@ def _check(running: Session, report: Path | None) -> None:
             raise CommandError(f"the report cannot be written to '{report}': {error.strerror}") from None
         if not os.access(report, os.W_OK):
             raise CommandError(f"the report cannot be written to '{report}': no permission")
+
+
+def _check_nats(url: str) -> None:
+    """See that a NATS server with JetStream answers there. Raises CommandError."""
+    import json
+    import socket
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        with socket.create_connection((parts.hostname or "", parts.port or 4222), timeout=5) as connection:
+            greeting = connection.makefile("rb").readline(1 << 16)
+        information = json.loads(greeting.removeprefix(b"INFO "))
+    except (OSError, ValueError) as error:
+        shown = _without_password(url)
+        hints = [("nats-server -js", "starts one"), ("func bench", "starts one of its own")]
+        raise CommandError(f"no NATS server answers at {shown}: {str(error).lower()}", hints) from None
+    if not information.get("jetstream"):
+        raise CommandError(f"the NATS server at {_without_password(url)} has no JetStream; start it with -js")
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@]*@", "//...@", text)
 
 
 def _need_packages(modules: list[str], option: str, how: str) -> None:
@@ -255,8 +280,7 @@ def _blank_results(arrival: str, repeat: int, modes: list[Mode]) -> Results:
     from lifl_bench.results import Results
 
     # Published with the report: no passwords.
-    words = [re.sub(r"//[^/@]*@", "//...@", word) for word in sys.argv[1:]]
-    command_line = shlex.join([program(), *words])
+    command_line = shlex.join([program(), *map(_without_password, sys.argv[1:])])
     date = datetime.now(UTC).isoformat(timespec="seconds")
     results = Results(command_line, date, {}, versions(), arrival, repeat)
     results.modes = {mode.name: mode.summary for mode in modes}

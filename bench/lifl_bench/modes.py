@@ -110,6 +110,13 @@ def _deploy_broker(cell: Cell, setting: Setting) -> Deployment:
     return BrokerDeployment(cell, TUNED, nats_url=setting.nats_url)
 
 
+def _deploy_broker_wire(cell: Cell, setting: Setting) -> Deployment:
+    from lifl_bench.broker.deployment import BrokerDeployment
+    from lifl_bench.broker.tuning import WIRE
+
+    return BrokerDeployment(cell, WIRE, nats_url=setting.nats_url)
+
+
 def _deploy_broker_stock(cell: Cell, setting: Setting) -> Deployment:
     from lifl_bench.broker.deployment import BrokerDeployment
     from lifl_bench.broker.tuning import STOCK
@@ -140,6 +147,12 @@ def _copies_broker(cell: Cell) -> tuple[float, str]:
     return TUNED.copies, TUNED.copies_detail
 
 
+def _copies_broker_wire(cell: Cell) -> tuple[float, str]:
+    from lifl_bench.broker.tuning import WIRE
+
+    return WIRE.copies, WIRE.copies_detail
+
+
 def _copies_broker_stock(cell: Cell) -> tuple[float, str]:
     from lifl_bench.broker.tuning import STOCK
 
@@ -157,6 +170,14 @@ MODES: Final[Mapping[str, Mode]] = {
             _deploy_broker,
             _needs_broker,
             _copies_broker,
+            _missing_broker,
+        ),
+        Mode(
+            "broker-wire",
+            "the same with a NATS client written for it",
+            _deploy_broker_wire,
+            _needs_broker,
+            _copies_broker_wire,
             _missing_broker,
         ),
         Mode(

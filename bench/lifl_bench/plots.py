@@ -106,11 +106,11 @@ _LOOKS = {
     "lifl": _Look("#0072b2", width=2.6),
     "lifl-unix": _Look("#56b4e9", marker="s", line=(0, (5, 1)), width=2.2),
     "broker": _Look("#d55e00", hatch="////", marker="^", line="--"),
+    "broker-wire": _Look("#cc79a7", hatch="\\\\\\\\", marker="P", line=(0, (3, 1, 1, 1))),
     "broker-stock": _Look("#e69f00", hatch="xxxx", marker="v", line="-."),
     "grpc": _Look("#009e73", hatch="....", marker="D", line=":"),
 }
 _OTHER_LOOKS = (
-    _Look("#cc79a7", hatch="\\\\\\\\", marker="P", line="--"),
     _Look("#882255", hatch="++++", marker="X", line="-."),
     _Look("#999933", hatch="oooo", marker="*", line=":"),
     _Look("#777777", hatch="----", marker="h", line="--"),

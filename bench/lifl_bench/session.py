@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,8 @@ class Session:
     # --- training ----------------------------------------------------------------------------------------------
 
     def _run_training(self, plan: Training, directory: Path, progress: _ProgressBar) -> None:
+        # torch's compiler, which nothing here uses, makes its cache directory when torch is imported.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory / "torch"))
         from lifl_bench import train
 
         task = train.Task(train.Plan(plan.clients, plan.rounds, plan.target))

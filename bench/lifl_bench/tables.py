@@ -38,6 +38,7 @@ _PROSE = {
     "lifl": "LIFL",
     "lifl-unix": "LIFL over UNIX sockets",
     "broker": "the tuned broker",
+    "broker-wire": "the broker with a client of its own",
     "broker-stock": "the stock broker",
     "grpc": "gRPC",
 }

@@ -232,5 +232,6 @@ class Workload:
             tile = slice(start, start + _TILE)
             terms = np.stack([weight * one[tile] for weight, one in zip(weights, self._values, strict=True)])
             difference = np.abs(values[tile] - terms.sum(0))
-            worst = max(worst, float(np.max(difference / np.abs(terms).sum(0))))
+            magnitude = np.maximum(np.abs(terms).sum(0), np.finfo(np.float64).tiny)  # zeros have to stay zeros
+            worst = float(np.maximum(worst, np.max(difference / magnitude)))  # unlike max(), hands on a NaN
         return worst

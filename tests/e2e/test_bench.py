@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.node_harness import Watch, until
 
 BENCH = [sys.executable, "-m", "lifl.cli", "bench"]
-ALL_MODES = "lifl,lifl-unix,broker,broker-stock,grpc"
+ALL_MODES = "lifl,lifl-unix,broker,broker-wire,broker-stock,grpc"
 MEGABYTES = "2MB"
 """More than fits in a message of the stock broker, so that every mode has to move data and not only messages."""
 

@@ -14,14 +14,19 @@ import pytest
 from lifl.http_function import UPDATE
 from lifl.model_layout import Precision, encode_header
 from lifl.tensors import LENGTH
-from lifl_bench.broker import events
+from lifl_bench.broker import events, parts
+from lifl_bench.broker.chunk_store import ChunkStore, create
 from lifl_bench.broker.deployment import BrokerDeployment
 from lifl_bench.broker.http_client import Peer
+from lifl_bench.broker.nats_py_store import NatsPyConnection
 from lifl_bench.broker.nats_server import NatsServer
 from lifl_bench.broker.parts import missing_parts
 from lifl_bench.broker.service import Service
-from lifl_bench.broker.tuning import KIB, STOCK, TUNED, Tuning
-from lifl_bench.broker.wire import Wire
+from lifl_bench.broker.setup import Setup
+from lifl_bench.broker.store import StoreError, fill_from
+from lifl_bench.broker.stores import open_store
+from lifl_bench.broker.tuning import KIB, STOCK, TUNED, WIRE, Tuning
+from lifl_bench.broker.wire import Wire, WireError
 from lifl_bench.deployment import Cell, Observer, Tree
 from numpy.typing import NDArray
 
@@ -148,6 +153,8 @@ def read(path: Path) -> bytes:
             {"message_limit": LIMIT, "timing": "lazy", "cold": True, "store": "shared-memory"},
             id="lazy-cold-shared-memory",
         ),
+        pytest.param(WIRE, {"message_limit": LIMIT}, id="wire-resolved-by-function"),
+        pytest.param(replace(WIRE, resolve="filter"), {"message_limit": LIMIT}, id="wire-resolved-by-filter"),
         pytest.param(STOCK, {"message_limit": LIMIT}, id="stock"),
         pytest.param(STOCK, {}, id="stock-inline"),
     ],
@@ -336,10 +343,106 @@ def test_missing_parts_come_with_the_command_that_installs_them(
 ) -> None:
     assert missing_parts() == []
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing_parts() == []  # Debian has servers where users have no PATH to
+    monkeypatch.setattr(parts, "_FURTHER_DIRECTORIES", ())
     assert [name for name, _ in missing_parts()] == ["nats-server", "nginx"]
     assert [name for name, _ in missing_parts(own_server=False)] == ["nginx"]
     with pytest.raises(RuntimeError, match="nats-server is missing: apt-get install nats-server"):
         BrokerDeployment(make_cell(tmp_path), TUNED).start()
+
+
+# --- payload stores ------------------------------------------------------------------------------------------
+
+CHUNK = 10 * KIB
+
+
+@pytest.fixture(params=[TUNED, WIRE], ids=lambda tuning: tuning.mode)
+def store(request: pytest.FixtureRequest, nats: NatsServer, tmp_path: Path) -> Iterator[ChunkStore]:
+    setup = Setup(
+        name="test",
+        nats_url=nats.url,
+        tuning=replace(request.param, chunk_bytes=CHUNK, window=3),
+        tree=Tree(2, 1),
+        directory=str(tmp_path),
+        function="fedavg.py",
+        precision="float32",
+        timing="eager",
+        cold=False,
+        update_bytes=1,
+        payload_limit=1,
+        max_event_bytes=1,
+    )
+    wire = Wire(nats.url)
+    create(wire, setup)
+    wire.close()
+    opened = open_store(setup)
+    assert isinstance(opened, ChunkStore)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 20 * CHUNK + 7])
+def test_a_payload_of_any_size_comes_back_in_place_and_in_pieces(store: ChunkStore, size: int) -> None:
+    payload = os.urandom(size)
+    reference = store.put("u1", size, fill_from(memoryview(payload)))
+    target = memoryview(bytearray(size + 5))
+    got = store.get(reference, size, target)
+    assert (got.obj is target.obj, bytes(got) == payload, bytes(target[size:])) == (True, True, bytes(5))
+    assert bytes(store.get(reference, size, None)) == payload
+    assert b"".join(map(bytes, store.read(reference, size))) == payload
+
+
+def test_several_threads_use_a_store_at_once(store: ChunkStore) -> None:
+    payloads = [os.urandom(7 * CHUNK + number) for number in range(6)]
+    got: dict[int, bytes] = {}
+
+    def move(number: int) -> None:
+        payload = memoryview(payloads[number])
+        got[number] = bytes(store.get(store.put("u1", len(payload), fill_from(payload)), len(payload), None))
+
+    threads = [threading.Thread(target=move, args=(number,)) for number in range(len(payloads))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert got == dict(enumerate(payloads))
+
+
+def test_a_payload_that_is_not_all_there_is_an_error(store: ChunkStore, nats: NatsServer) -> None:
+    size = 4 * CHUNK
+    reference = store.put("u1", size, fill_from(memoryview(bytes(size))))
+    wire = Wire(nats.url)
+    assert wire.call("STREAM.MSG.DELETE.test-payloads", {"seq": 2})["success"]
+    wire.close()
+    with pytest.raises(StoreError, match="has 3 of 4 chunks"):
+        store.get(reference, size, None)
+    other = store.put("u2", size, fill_from(memoryview(bytes(size))))
+    with pytest.raises(StoreError, match="not as it should be"):
+        store.get(other, size - 1, None)
+    store.discard("u1")
+    with pytest.raises(StoreError, match="has 0 of 4 chunks"):
+        store.get(reference, size, None)
+    assert bytes(store.get(other, size, None)) == bytes(size)
+
+
+def test_what_a_server_does_not_take_is_an_error(store: ChunkStore, nats: NatsServer) -> None:
+    wire = Wire(nats.url)
+    wire.call("STREAM.DELETE.test-payloads")
+    wire.close()
+    with pytest.raises(WireError):
+        store.put("u1", CHUNK, fill_from(memoryview(bytes(CHUNK))))
+
+
+def test_a_server_that_is_lost_is_an_error_and_not_a_wait(nats: NatsServer) -> None:
+    connection = NatsPyConnection(nats.url)
+    ending = threading.Timer(0.2, nats.service.stop)
+    ending.start()
+    with pytest.raises(WireError):
+        connection.receive()
+    ending.join()
+    connection.close()
+    with pytest.raises((WireError, OSError)):
+        NatsPyConnection(nats.url)
 
 
 def test_the_wire_moves_large_messages_with_and_without_headers(nats: NatsServer) -> None:

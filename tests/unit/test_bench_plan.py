@@ -75,7 +75,7 @@ def test_a_round_has_a_possible_number_of_updates(updates: int) -> None:
 
 
 def test_an_unknown_mode_is_named_with_those_there_are() -> None:
-    with pytest.raises(CommandError, match="unknown mode 'kafka': there are lifl, lifl-unix, broker"):
+    with pytest.raises(CommandError, match="'kafka': there are lifl, lifl-unix, broker, broker-wire, "):
         parse_modes("lifl,kafka")
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 MODES = {
     "lifl": (0.16, ("clients", "gateway", "coordinator", "worker")),
     "broker": (1.9, ("clients", "ingress", "nats-server", "filter", "sidecar", "function")),
+    "broker-wire": (1.2, ("clients", "ingress", "nats-server", "filter", "sidecar", "function")),
     "broker-stock": (70.0, ("clients", "ingress", "nats-server", "filter", "sidecar", "function")),
     "grpc": (0.6, ("clients", "server")),
 }
@@ -228,7 +229,7 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
 
 
 def test_a_hundred_cells_are_split_by_model_and_into_pages(tmp_path: Path) -> None:
-    modes = [*MODES, *(f"mode-{number}" for number in range(6))]
+    modes = [*MODES, *(f"mode-{number}" for number in range(5))]
     results = make_results(modes, models=("resnet18", "resnet34"), updates=(1, 2, 4, 8, 16), rounds=1)
     assert len(results.cells) == 100
 

@@ -105,6 +105,25 @@ def test_the_model_of_another_round_is_wrong() -> None:
     assert workload.error(workload.model.encode(mean_of(workload, 2)), 3) > 1e-3
 
 
+@pytest.mark.parametrize("place", [0, 1 << 20, -1])
+def test_a_mean_with_a_value_that_is_no_number_is_wrong(place: int) -> None:
+    workload = Workload(parse_model("4200000"), 2)
+    mean = mean_of(workload, 1)
+    mean[place] = np.nan
+
+    assert not workload.error(workload.model.encode(mean), 1) <= 1e-5
+
+
+def test_zeros_have_to_stay_zeros() -> None:
+    workload = Workload(parse_model("4000"), 1)
+    workload._values[0][7] = 0.0
+    mean = workload._values[0].copy()
+
+    assert workload.error(workload.model.encode(mean), 1) < 1e-6
+    mean[7] = 1e-30
+    assert workload.error(workload.model.encode(mean), 1) > 1
+
+
 def test_a_model_with_other_tensors_is_an_error() -> None:
     workload = Workload(parse_model("4000"), 2)
     other = Workload(parse_model("4004"), 2)

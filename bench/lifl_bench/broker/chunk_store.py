@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from lifl_bench.broker.setup import Setup
 from lifl_bench.broker.store import Fill, StoreError
-from lifl_bench.broker.wire import Wire, WirePool, answer_of
+from lifl_bench.broker.wire import Connection, Wire, WirePool, answer_of
 
 _SCHEME: Final = "nats"
 _WARM_UP: Final = "warm-up"
@@ -37,11 +37,12 @@ class ChunkStore:
 
     in_place = False
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, connect: Callable[[str], Connection] = Wire) -> None:
+        """`connect` makes the connections that chunks are moved by."""
         self._stream = setup.payload_stream
         self._chunk = setup.tuning.chunk_bytes
         self._window = setup.tuning.window
-        self._pool = WirePool(setup.nats_url)
+        self._pool = WirePool(setup.nats_url, connect)
         self._buffers: list[memoryview] = []
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ class ChunkStore:
                 yield target
             wire.publish(f"$JS.API.CONSUMER.DELETE.{self._stream}.{consumer}")
 
-    def _open_consumer(self, wire: Wire, path: str, count: int) -> str:
+    def _open_consumer(self, wire: Connection, path: str, count: int) -> str:
         options = {"ack_policy": "none", "deliver_policy": "all", "filter_subject": f"{self._stream}.{path}"}
         config = {**options, "mem_storage": True, "inactive_threshold": _PATIENCE_NS}
         answer = wire.call(f"CONSUMER.CREATE.{self._stream}", {"stream_name": self._stream, "config": config})
@@ -120,7 +121,7 @@ class ChunkStore:
             raise StoreError(f"{path} has {answer['num_pending']} of {count} chunks")
         return str(answer["name"])
 
-    def _pull(self, wire: Wire, consumer: str, count: int) -> None:
+    def _pull(self, wire: Connection, consumer: str, count: int) -> None:
         request = json.dumps({"batch": count, "expires": _PATIENCE_NS}).encode()
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{consumer}"
         wire.publish(subject, request, reply=f"{wire.inbox}.next")

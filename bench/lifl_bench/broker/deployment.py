@@ -104,7 +104,7 @@ class BrokerDeployment:
             _create_streams(wire, setup)
         finally:
             wire.close()
-        environment = python_environment(cell.environment)
+        environment = python_environment(cell.environment, keep_large_blocks=self._tuning.recycle_memory)
         self._ingress = self._service("ingress", environment, str(setup.path))
         if not self._cold:
             self._replicas = [Replica(setup, leaf, cell.environment) for leaf in range(cell.tree.leaves)]
@@ -359,7 +359,7 @@ def _create_streams(wire: Wire, setup: Setup) -> None:
             f"CONSUMER.DURABLE.CREATE.{setup.event_stream}.{setup.trigger(leaf)}",
             {"stream_name": setup.event_stream, "config": config},
         )
-    if tuning.store == "nats" and tuning.client == "wire":
+    if tuning.store == "nats" and tuning.client != "nats-py-stock":
         chunk_store.create(wire, setup)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from lifl_bench.broker.parts import program
 from lifl_bench.broker.service import START_TIMEOUT_S, Service
 from lifl_bench.broker.tuning import MIB, Tuning
 
@@ -39,9 +40,8 @@ class NatsServer:
         directory = directory.resolve()
         path = directory / "nats-server.conf"
         path.write_text(configuration(directory, tuning))
-        self.service = Service(
-            "nats-server", ["nats-server", "-c", str(path)], {**environment, **tuning.go}, directory
-        )
+        command = [program("nats-server", environment), "-c", str(path)]
+        self.service = Service("nats-server", command, {**environment, **tuning.go}, directory)
         try:
             self.url = self._wait_ready(directory / f"nats-server_{self.service.pid}.ports")
         except BaseException:

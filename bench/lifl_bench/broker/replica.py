@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from lifl_bench.broker.service import Service, python_command, python_environment
 from lifl_bench.broker.setup import Setup
 from lifl_bench.broker.sidecar import Sidecar
-
-_KEEP_LARGE_BLOCKS: Final = {
-    # Without these glibc maps every array of a model's size anew, and each first touch of a page is a fault.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-    "MALLOC_ARENA_MAX": "1",
-}
 
 
 class Replica:
@@ -27,9 +18,7 @@ class Replica:
         self._leaf = leaf
         self._environment = environment
         self._sidecar: Sidecar | None = None
-        ours = python_environment(environment)
-        if setup.tuning.recycle_memory:
-            ours |= _KEEP_LARGE_BLOCKS
+        ours = python_environment(environment, keep_large_blocks=setup.tuning.recycle_memory)
         command = python_command("function", str(setup.path), str(leaf))
         self._function = Service(f"function-{leaf}", command, ours, Path(setup.directory))
 

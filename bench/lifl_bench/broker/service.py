@@ -19,6 +19,14 @@ from lifl_bench.processes import THREAD_VARIABLES, die_with_parent
 START_TIMEOUT_S: Final = 30.0
 _STOP_TIMEOUT_S: Final = 5.0
 _TAIL_LINES: Final = 20
+_KEEP_LARGE_BLOCKS: Final = {
+    # Without these glibc maps every chunk and every array of a model's size anew, and each first touch of a page
+    # is a fault.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 class Service:
@@ -112,9 +120,10 @@ def _wait_gone(pid: int, timeout: float) -> None:
         os.close(descriptor)
 
 
-def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """For our own processes: one thread for each numerical library."""
-    return {**environment, **dict.fromkeys(THREAD_VARIABLES, "1")}
+def python_environment(environment: Mapping[str, str], *, keep_large_blocks: bool) -> dict[str, str]:
+    """For our own processes: one thread for each numerical library, and a malloc that keeps large blocks."""
+    ours = {**environment, **dict.fromkeys(THREAD_VARIABLES, "1")}
+    return ours | _KEEP_LARGE_BLOCKS if keep_large_blocks else ours
 
 
 def python_command(module: str, *arguments: str) -> list[str]:

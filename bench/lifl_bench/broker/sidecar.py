@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from lifl_bench.broker.parts import program
 from lifl_bench.broker.service import START_TIMEOUT_S, Service
 from lifl_bench.broker.tuning import Tuning
 
@@ -78,7 +79,8 @@ class Sidecar:
         for attempt in range(1, _ATTEMPTS + 1):
             self.port = _free_port()
             (home / "nginx.conf").write_text(configuration(home, tuning, self.port, upstream))
-            command = ["nginx", "-p", str(home), "-e", "stderr", "-c", str(home / "nginx.conf")]
+            nginx = program("nginx", environment)
+            command = [nginx, "-p", str(home), "-e", "stderr", "-c", str(home / "nginx.conf")]
             self.service = Service(name, command, environment, directory)
             try:
                 self._wait_ready()

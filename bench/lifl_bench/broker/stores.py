@@ -14,6 +14,10 @@ def open_store(setup: Setup, *, writes: bool = False) -> PayloadStore:
         return SharedMemoryStore(setup, writes=writes)
     if setup.tuning.client == "wire":
         return ChunkStore(setup)
+    if setup.tuning.client == "nats-py":
+        from lifl_bench.broker.nats_py_store import NatsPyStore
+
+        return NatsPyStore(setup)
     from lifl_bench.broker.stock_store import StockStore
 
     return StockStore(setup)

@@ -1,4 +1,4 @@
-"""Every knob of the broker path, and the two sets of them that are compared."""
+"""Every knob of the broker path, and the three sets of them that are compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, Literal
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 
-Client = Literal["wire", "nats-py"]
+Client = Literal["nats-py", "wire", "nats-py-stock"]
 Resolve = Literal["function", "filter"]
 Store = Literal["nats", "shared-memory"]
 Server = Literal["threads", "hypercorn"]
@@ -36,12 +36,13 @@ class Tuning:
 
     # payloads above the message limit
     store: Store = "nats"
-    client: Client = "wire"
-    """What moves chunks: our own blocking connection, or nats-py's object store with all its defaults."""
+    client: Client = "nats-py"
+    """What moves chunks: nats-py's core client, our own blocking connection, or nats-py's object store with all
+    its defaults."""
     chunk_bytes: int = 2 * MIB - 4 * KIB
     """Not a multiple of 8 KiB: nats-server appends two bytes to a chunk that it loaded, and if there is no room
     for them in Go's size class, it copies all of it."""
-    window: int = 8
+    window: int = 16
     """Chunks on their way at a time, for which no acknowledgement or no content has come yet."""
     resolve: Resolve = "function"
     """Who exchanges a reference for the payload: the function, or the filter, which then streams it over HTTP."""
@@ -65,16 +66,28 @@ class Tuning:
     server: Server = "threads"
     """What serves the function: threads that receive into recycled buffers, or hypercorn as in func-python."""
     recycle_memory: bool = True
-    """Have the function's malloc keep large blocks, and touch what a round needs before the first one."""
+    """Have malloc keep large blocks, and touch what a function needs before the first round."""
 
 
 TUNED: Final = Tuning(
     mode="broker",
+    copies=20,
+    copies_detail=(
+        "client to socket; in the ingress: from socket, command (2), to socket; in nats-server: socket to buffer,"
+        " whole message, queue of the stream, store (2), out of the store, out buffer, to socket; in the function:"
+        " from socket, stream buffer (2), parser (3), to its place; not counted: two more in the ingress of what"
+        " its socket does not take at once"
+    ),
+)
+WIRE: Final = Tuning(
+    mode="broker-wire",
     copies=12,
     copies_detail=(
         "client to socket, socket to ingress, ingress to socket; in nats-server: socket to buffer, whole message,"
         " queue of the stream, store (2), out of the store, out buffer, to socket; socket to function"
     ),
+    client="wire",
+    window=8,
 )
 STOCK: Final = Tuning(
     mode="broker-stock",
@@ -88,7 +101,7 @@ STOCK: Final = Tuning(
     storage="file",
     max_payload=0,
     warm_up_bytes=0,
-    client="nats-py",
+    client="nats-py-stock",
     chunk_bytes=128 * KIB,
     window=1,
     uploads=1000,

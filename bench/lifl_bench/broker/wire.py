@@ -15,10 +15,10 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 from lifl.congestion import avoid_bbr
@@ -225,18 +225,36 @@ class Wire:
         return answer_of(self.request(f"$JS.API.{subject}", payload))
 
 
+class Connection(Protocol):
+    """What a pool has: a `Wire`, or another client that can be used in its place."""
+
+    inbox: str
+
+    def publish(
+        self, subject: str, payload: Buffer = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> None: ...
+
+    def receive(self, target: memoryview | None = None) -> Message: ...
+
+    def call(self, subject: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
 class WirePool:
     """Connections for threads that need one now and then."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, connect: Callable[[str], Connection] | None = None) -> None:
+        """`connect` makes a connection, a `Wire` if it is not given."""
         self._url = url
+        self._connect: Callable[[str], Connection] = connect or Wire
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, Wire]] = []
+        self._idle: list[tuple[float, Connection]] = []
 
     @contextmanager
-    def connection(self) -> Iterator[Wire]:
+    def connection(self) -> Iterator[Connection]:
         """One that nobody else uses; it is kept for the next use unless this one fails."""
-        wire = self._take() or Wire(self._url)
+        wire = self._take() or self._connect(self._url)
         try:
             yield wire
         except BaseException:
@@ -245,7 +263,7 @@ class WirePool:
         with self._lock:
             self._idle.append((time.monotonic(), wire))
 
-    def _take(self) -> Wire | None:
+    def _take(self) -> Connection | None:
         """The connection that was used last; one that was idle for long may have been closed by the server."""
         with self._lock:
             since, wire = self._idle.pop() if self._idle else (0.0, None)
