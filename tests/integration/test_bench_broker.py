@@ -21,13 +21,13 @@ from lifl_bench.broker.http_client import Peer
 from lifl_bench.broker.nats_py_store import NatsPyConnection
 from lifl_bench.broker.nats_server import NatsServer
 from lifl_bench.broker.parts import missing_parts
-from lifl_bench.broker.service import Service
 from lifl_bench.broker.setup import Setup
 from lifl_bench.broker.store import StoreError, fill_from
 from lifl_bench.broker.stores import open_store
 from lifl_bench.broker.tuning import KIB, STOCK, TUNED, WIRE, Tuning
 from lifl_bench.broker.wire import Wire, WireError
 from lifl_bench.deployment import Cell, Observer, Tree
+from lifl_bench.service import Service
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[2]
@@ -325,7 +325,7 @@ def test_a_server_that_is_given_has_only_the_model_after_a_round_and_nothing_aft
 def test_a_failed_start_shows_the_log_and_leaves_nothing_running(tmp_path: Path) -> None:
     cell = replace(make_cell(tmp_path), function=tmp_path / "missing.py")
     deployment = BrokerDeployment(cell, TUNED)
-    with pytest.raises(RuntimeError, match=r"(?s)function-\d ended:.*missing.py"):
+    with pytest.raises(RuntimeError, match=r"(?s)function-\d did not start:.*missing.py"):
         deployment.start()
     assert deployment.components() == {"sidecar": [], "function": []}
     running = [Path(f"/proc/{pid}/cmdline") for pid in os.listdir("/proc") if pid.isdecimal()]
@@ -476,8 +476,8 @@ def test_the_wire_reports_what_jetstream_refuses(nats: NatsServer) -> None:
 
 def test_a_service_that_ignores_its_end_is_killed_with_what_is_below_it(tmp_path: Path) -> None:
     command = "trap '' TERM; sleep 1000 & echo $!; while true; do sleep 0.05; done"
-    service = Service("stubborn", ["bash", "-c", command], os.environ, tmp_path)
-    child = int(service.ready_line())
+    service = Service("stubborn", ["bash", "-c", command], os.environ, tmp_path / "log")
+    child = int(service.hear())
     assert {service.pid, child} <= set(service.pids())
     service.stop(timeout=0.3)
     assert not is_alive(service.pid) and not is_alive(child)

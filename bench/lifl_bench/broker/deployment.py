@@ -21,12 +21,13 @@ from lifl_bench.broker.http_client import Peer, read_all
 from lifl_bench.broker.nats_server import NatsServer
 from lifl_bench.broker.parts import missing_parts as missing_parts
 from lifl_bench.broker.replica import Replica
-from lifl_bench.broker.service import Service, python_command, python_environment
+from lifl_bench.broker.service import python_command, python_environment
 from lifl_bench.broker.setup import Setup
 from lifl_bench.broker.shared_memory_store import create_pool, slots_for
 from lifl_bench.broker.tuning import Store, Tuning
 from lifl_bench.broker.wire import Wire, WireError
 from lifl_bench.deployment import Cell, Stamps, Timing
+from lifl_bench.service import Service
 
 _TIMEOUT_S: Final = 3600.0
 _CONTROL_TIMEOUT_S: Final = 60.0
@@ -108,16 +109,17 @@ class BrokerDeployment:
         self._ingress = self._service("ingress", environment, str(setup.path))
         if not self._cold:
             self._replicas = [Replica(setup, leaf, cell.environment) for leaf in range(cell.tree.leaves)]
-        self._ingress_port = int(self._ingress.ready_line())
+        self._ingress_port = int(self._ingress.hear())
         for one in self._replicas:
             one.wait_ready()
         ports = [str(one.port) for one in self._replicas]
         self._filter = self._service("filter", environment, str(setup.path), str(self._ingress_port), *ports)
-        self._filter_port = int(self._filter.ready_line())
+        self._filter_port = int(self._filter.hear())
         self._give_initial_model()
 
     def _service(self, module: str, environment: Mapping[str, str], *arguments: str) -> Service:
-        return Service(module, python_command(module, *arguments), environment, self._cell.directory)
+        log = self._cell.directory / f"{module}.log"
+        return Service(module, python_command(module, *arguments), environment, log)
 
     def _make_setup(self, url: str, max_payload: int) -> Setup:
         cell, tuning = self._cell, self._tuning

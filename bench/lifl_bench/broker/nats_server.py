@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from lifl_bench.broker.parts import program
-from lifl_bench.broker.service import START_TIMEOUT_S, Service
 from lifl_bench.broker.tuning import MIB, Tuning
+from lifl_bench.service import START_SECONDS, Service
 
 DEFAULT_MAX_PAYLOAD: Final = MIB
 _MAX_PENDING: Final = 256 * MIB
@@ -41,7 +41,7 @@ class NatsServer:
         path = directory / "nats-server.conf"
         path.write_text(configuration(directory, tuning))
         command = [program("nats-server", environment), "-c", str(path)]
-        self.service = Service("nats-server", command, {**environment, **tuning.go}, directory)
+        self.service = Service("nats-server", command, {**environment, **tuning.go}, directory / "nats-server.log")
         try:
             self.url = self._wait_ready(directory / f"nats-server_{self.service.pid}.ports")
         except BaseException:
@@ -49,7 +49,7 @@ class NatsServer:
             raise
 
     def _wait_ready(self, ports: Path) -> str:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if not self.service.is_running:
                 raise self.service.failed("ended")
@@ -59,4 +59,4 @@ class NatsServer:
                 time.sleep(_LOOK_EVERY_S)
                 continue
             return url
-        raise self.service.failed(f"was not ready within {START_TIMEOUT_S:.0f} s")
+        raise self.service.failed(f"was not ready within {START_SECONDS:.0f} s")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lifl_bench.broker.service import Service, python_command, python_environment
+from lifl_bench.broker.service import python_command, python_environment
 from lifl_bench.broker.setup import Setup
 from lifl_bench.broker.sidecar import Sidecar
+from lifl_bench.service import Service
 
 
 class Replica:
@@ -19,12 +20,13 @@ class Replica:
         self._environment = environment
         self._sidecar: Sidecar | None = None
         ours = python_environment(environment, keep_large_blocks=setup.tuning.recycle_memory)
+        name = f"function-{leaf}"
         command = python_command("function", str(setup.path), str(leaf))
-        self._function = Service(f"function-{leaf}", command, ours, Path(setup.directory))
+        self._function = Service(name, command, ours, Path(setup.directory) / f"{name}.log")
 
     def wait_ready(self) -> None:
         """Return when events can be sent to the sidecar. Raises RuntimeError with a log; call `stop` then."""
-        upstream = int(self._function.ready_line())
+        upstream = int(self._function.hear())
         setup = self._setup
         self._sidecar = Sidecar(
             f"sidecar-{self._leaf}", Path(setup.directory), setup.tuning, self._environment, upstream

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from lifl_bench.broker.parts import program
-from lifl_bench.broker.service import START_TIMEOUT_S, Service
 from lifl_bench.broker.tuning import Tuning
+from lifl_bench.service import START_SECONDS, Service
 
 _ATTEMPTS: Final = 5
 _LOOK_EVERY_S: Final = 0.005
@@ -81,7 +81,7 @@ class Sidecar:
             (home / "nginx.conf").write_text(configuration(home, tuning, self.port, upstream))
             nginx = program("nginx", environment)
             command = [nginx, "-p", str(home), "-e", "stderr", "-c", str(home / "nginx.conf")]
-            self.service = Service(name, command, environment, directory)
+            self.service = Service(name, command, environment, directory / f"{name}.log")
             try:
                 self._wait_ready()
                 return
@@ -93,7 +93,7 @@ class Sidecar:
                     raise
 
     def _wait_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if not self.service.is_running:
                 raise self.service.failed("ended")
@@ -102,7 +102,7 @@ class Sidecar:
                 return
             except ConnectionRefusedError:
                 time.sleep(_LOOK_EVERY_S)
-        raise self.service.failed(f"was not ready within {START_TIMEOUT_S:.0f} s")
+        raise self.service.failed(f"was not ready within {START_SECONDS:.0f} s")
 
 
 def _free_port() -> int:
