@@ -36,6 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the tests' stand-in of a coordinator
+
 from lifl.congestion import avoid_bbr  # noqa: E402
 from lifl.messages import PoolInfo  # noqa: E402
 from lifl.model_layout import encode_header  # noqa: E402

@@ -124,7 +124,7 @@ _FAST_MODES = "lifl+lifl-unix+broker+broker-wire+grpc"
 COMPARE_ARGUMENTS = [
     *("--cell", f"resnet152:1:1:{_FAST_MODES}"),
     *("--cell", f"resnet18:20:2:{_FAST_MODES}"),
-    *("--cell", "resnet18:4:2", "--repeat", "5", "--ablation", "--train"),
+    *("--cell", "resnet18:4:2", "--repeat", "4", "--ablation", "--train"),
     *("--report", str(DIRECTORY / "results" / "comparison")),
 ]
 """The stock broker takes part with four updates only: with more it takes minutes for a round."""
