@@ -94,6 +94,7 @@ class LiflObserver:
     def wait(self, round: int, timeout: float) -> float:
         """Long-poll until the model that `round` makes is offered."""
         assert self._connection is not None
+        self._connection.close()  # the gateway ends connections that were idle for long; this one is opened anew
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
             self._connection.timeout = left + 30

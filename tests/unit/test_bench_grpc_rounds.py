@@ -212,3 +212,15 @@ def test_a_leaf_whose_updates_are_all_left_out_adds_nothing(tmp_path: Path) -> N
 def test_a_function_that_needs_all_updates_at_once_is_not_run() -> None:
     with pytest.raises(ValueError, match="plain streaming functions only"):
         Sums(load_function(ROOT / "functions" / "median.py"), model(), "float32")
+
+
+def test_a_roll_is_full_when_every_client_of_the_leaf_has_been_entered() -> None:
+    roll = Roll(Tree(4, 2), 1, 100, 50)
+
+    seen = [roll.is_full]
+    for client in (1, 3):
+        roll.admit_update(Attributes(client, 1, 100, 1.0))
+        seen.append(roll.is_full)
+    roll.next_round()
+
+    assert [*seen, roll.is_full] == [False, False, True, False]

@@ -87,6 +87,11 @@ class Roll:
         """Partial aggregates that the top needs besides its own updates."""
         return self._tree.leaves - 1 if self._leaf == 0 else 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the updates of all clients of the round have been entered."""
+        return len(self._clients) == self.updates
+
     def admit_update(self, attributes: Attributes) -> None:
         """Enter a client. Raises Refused."""
         client = attributes.sender

@@ -151,6 +151,7 @@ class Aggregator(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._ready_since = 0.0
         self._news = asyncio.Event()
         """Something became ready, or a partial aggregate came."""
+        self._opened = asyncio.Event()
         self._partial_buffers = [allocate(self._sums.nbytes) for _ in range(self._roll.partials)]
         self._partials: list[Partial] = []
         self._models = Models(layout, initial) if options.leaf == 0 else None
@@ -173,7 +174,22 @@ class Aggregator(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     # --- calls ------------------------------------------------------------------------------------------------
 
+    async def _wait_for_round(self, context: Context) -> None:
+        """A client may have the next model before this leaf hears that its partial aggregate has arrived."""
+        try:
+            number = Attributes.of(context.invocation_metadata()).round
+        except Invalid:
+            return  # it is told so when it is to be admitted
+        while number == self._roll.round + 1 and self._roll.is_full:
+            await self._opened.wait()
+
+    def _open_next_round(self) -> None:
+        self._roll.next_round()
+        self._opened.set()
+        self._opened = asyncio.Event()
+
     async def _send_update(self, request_iterator: object, context: Context) -> bytes:
+        await self._wait_for_round(context)
         attributes = await _granted(context, self._roll.admit_update)
         buffer: UpdateBuffer | None = None
         try:
@@ -234,7 +250,7 @@ class Aggregator(grpc.GenericRpcHandler):  # type: ignore[misc]
             await self._fold_updates()
             if self._models is None:
                 await self._send_up(send_partial)
-                self._roll.next_round()
+                self._open_next_round()
             else:
                 await self._make_model(self._models)
 
@@ -288,7 +304,7 @@ class Aggregator(grpc.GenericRpcHandler):  # type: ignore[misc]
         previous, out = models.of(models.newest).payload, models.of(models.newest + 1).payload
         await self._in_thread(self._sums.finish, out, self._partials, previous)
         self._partials = []
-        self._roll.next_round()
+        self._open_next_round()
         models.offer()
 
     async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
