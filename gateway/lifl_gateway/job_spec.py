@@ -24,6 +24,7 @@ LIMITS: Final[dict[str, dict[str, Any]]] = {
     "slots": {"minimum": 0, "maximum": 1 << 20},
     "keep_checkpoints": {"minimum": 0, "maximum": 1_000_000_000},
     "idle_seconds": {"minimum": 0.1, "maximum": 86_400},
+    "smoothing": {"minimum": 0, "maximum": 1},
 }
 """JSON Schema keywords by field, beyond what the types say."""
 

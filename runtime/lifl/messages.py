@@ -287,6 +287,14 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`async`: a model is offered at once and written to disk behind it. `sync`: first written."""
     idle_seconds: float = 60.0
     """Time without traffic after which workers stop and the pool's memory goes back to the kernel."""
+    placement: Literal["best-fit", "first-fit", "worst-fit", "round-robin"] = "best-fit"
+    """Which node of a cluster folds an update. `best-fit`: the fullest that still has capacity, so that few nodes
+    are used; `worst-fit`: the emptiest; `first-fit`: the first that has capacity; `round-robin`: one after another."""
+    redirect: bool = True
+    """Whether a gateway sends a client to the node that its update was placed on. False: an update is folded where
+    it arrives, for clients that reach the gateways through a load balancer only."""
+    smoothing: float = 0.7
+    """a of the hierarchy planner: the share of the old estimate in the smoothed number of pending updates."""
     reuse: bool = True
     """Whether workers go on with the next round. False: they end with their round, and each round starts new ones
     when its first update comes, so no state of a function outlives a round."""
@@ -353,12 +361,15 @@ class Commit(Message):
 
 class Verdict(Message):
     """`open`: go on and read the body. `accepted`: counted. `duplicate`: this client already has its update
-    in this round. `late`: the round is closed; `round` is the open one. `early`: no such round yet."""
+    in this round. `late`: the round is closed; `round` is the open one. `early`: no such round yet. `elsewhere`:
+    another node of the cluster takes it."""
 
-    status: Literal["open", "accepted", "duplicate", "late", "early"]
+    status: Literal["open", "accepted", "duplicate", "late", "early", "elsewhere"]
     round: int
     destination: int = 0
     """The aggregator's endpoint; 0 when it is only being started: the coordinator then sends the descriptor."""
+    address: str = ""
+    """On `elsewhere`: base URL of the gateways of the node that takes this client's update."""
 
 
 class BusySlots(Message):
@@ -372,6 +383,85 @@ class Slots(Message):
     """Slot references with the generation (8 bits) they hold."""
 
     keys: tuple[tuple[int, int], ...]
+
+
+class DescribeUplink(Message):
+    """From the gateway that got a PARTIAL descriptor from an aggregator: where does this partial aggregate go? Asked
+    again before each attempt to send it. Answered by `Uplink`."""
+
+    slot: int
+    """Slot reference of the accumulator."""
+    round: int
+    """Modulo 65,536, as in the descriptor."""
+
+
+class Uplink(Message):
+    """The node that gets a partial aggregate; all empty when it is wanted nowhere (any more)."""
+
+    peer_address: str = ""
+    """HOST:PORT of the gateway that takes it."""
+    job: str = ""
+    nonce: int = 0
+    """Of the job's life."""
+    round: int = 0
+    attempt: int = 0
+    epoch: int = 0
+    source: str = ""
+    """This node's incarnation."""
+    nbytes: int = 0
+    """Bytes of the sums in the slot's payload."""
+
+
+class PartialSent(Message):
+    """The gateway has sent a partial aggregate, and the other node has it. Answered by `Acknowledged`."""
+
+    job: str
+    round: int
+    attempt: int
+    epoch: int
+
+
+class OfferPartial(Message):
+    """Asked before a partial aggregate from another node is received: is it wanted? Answered by `PartialVerdict`."""
+
+    job: str
+    nonce: int
+    round: int
+    attempt: int
+    epoch: int
+    source: str
+    """Incarnation of the node it comes from."""
+    nbytes: int
+
+
+class CommitPartial(Message):
+    """The partial aggregate is complete in this update slot, its seal in the header page: count it, once.
+
+    Answered by `PartialVerdict`. On `accepted` the gateway sends a PARTIAL descriptor to `destination`.
+    """
+
+    job: str
+    nonce: int
+    round: int
+    attempt: int
+    epoch: int
+    source: str
+    slot: int
+    generation: int
+    gateway: int
+    """The gateway's endpoint; see `Commit`."""
+
+
+class PartialVerdict(Message):
+    """`open`: go on and receive it. `accepted`: it is part of the round. `duplicate`: it is already. `refused`: it is
+    not wanted, and sending it again does not help."""
+
+    status: Literal["open", "accepted", "duplicate", "refused"]
+    destination: int = 0
+    """The aggregator's endpoint; 0 when it is only being started: the coordinator then sends the descriptor."""
+    updates_pool: int = -1
+    aggregates_nonce: int = 0
+    """Nonce of the job's aggregates pool, which the seal has to carry here."""
 
 
 class AcquireModel(Message):
@@ -392,6 +482,12 @@ class ModelSource(Message):
     header_bytes: int = 0
     """Bytes of the safetensors header in the slot's header room, without the 8-byte length."""
     payload_bytes: int = 0
+    state_slots: tuple[int, ...] = ()
+    """Slot references of the server optimiser's arrays at the start of the round, if they are in memory."""
+    state_bytes: int = 0
+    """Bytes of each array."""
+    state_path: str = ""
+    """The file that has them one after another, if they are on disk."""
 
 
 class ReturnModel(Message):
@@ -485,6 +581,16 @@ class RoundState(Message):
     """The time that 95 % of them kept to."""
     latency_max: float = 0.0
     """The longest of them."""
+    cold: int = 0
+    """Workers started while an update already waited for them."""
+    nodes: int = 1
+    """Nodes that had updates of the round."""
+    top: str = ""
+    """The node that finished it, in a cluster."""
+    internode_bytes: int = 0
+    """Bytes of partial aggregates and models that went from node to node."""
+    lost: int = 0
+    """Accepted updates that were lost with their node; their clients were asked to send them again."""
 
 
 class UpdateState(msgspec.Struct, frozen=True):
@@ -586,6 +692,23 @@ class NodeState(msgspec.Struct, frozen=True):
     pool_bytes: int
     zygotes: tuple[str, ...] = ()
     traffic: tuple[EndpointTraffic, ...] = ()
+    status: Literal["ready", "draining", "drained", "lost"] = "ready"
+    address: str = ""
+    """Base URL of its gateways; empty outside a cluster."""
+    capacity: float = 0.0
+    """MC: updates that it can aggregate at once; 0 outside a cluster."""
+    is_calibrated: bool = False
+    """`capacity` was measured."""
+    arrival_rate: float = 0.0
+    """k: updates that arrive in a second."""
+    execution_seconds: float = 0.0
+    """E: smoothed time of an update from arrival to folded."""
+    residual: float = 0.0
+    """RC = MC - k E, less the updates that are being uploaded to it."""
+    updates: int = 0
+    """Updates of open rounds that it has."""
+    last_heard: float = 0.0
+    """Seconds since its last heartbeat."""
 
 
 class Nodes(Message):
@@ -603,6 +726,10 @@ ToCoordinator = (
     | Abandon
     | Commit
     | BusySlots
+    | DescribeUplink
+    | PartialSent
+    | OfferPartial
+    | CommitPartial
     | AcquireModel
     | ReturnModel
     | DescribeJob
@@ -618,6 +745,8 @@ FromCoordinator = (
     JobState
     | Problem
     | Verdict
+    | Uplink
+    | PartialVerdict
     | Slots
     | ModelSource
     | RoundState

@@ -1,0 +1,1 @@
+"""Many nodes: the coordinator of a cluster, and what its members tell it."""
