@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
+import msgspec
 from lifl.errors import Busy, InvalidModel, LiflError, Refused, Unavailable
 from lifl.messages import Abandon, Acknowledged, Admit, Commit, JobState, Verdict
 from lifl.slot import UpdateHeader
@@ -29,7 +30,7 @@ from lifl_gateway.event import (
 from lifl_gateway.layouts import JobLayout, JobLayouts
 from lifl_gateway.metrics import Metrics
 from lifl_gateway.node_link import NodeLink, UpdatePool, header_room
-from lifl_gateway.problems import Late
+from lifl_gateway.problems import Elsewhere, Late
 from lifl_gateway.slots import HeldSlot
 from lifl_gateway.tokens import Identity
 from lifl_gateway.transfer import PeerGone, TooSlow
@@ -94,7 +95,7 @@ class _Place:
     @property
     def most_bytes(self) -> int:
         """Longest body that can be an update of this job."""
-        return LENGTH_BYTES + self.pool.memory.geometry.header_capacity + self.state.model_payload_bytes
+        return LENGTH_BYTES + self.pool.memory.geometry.header_capacity + self.layout.payload_bytes
 
 
 class Ingest:
@@ -137,10 +138,7 @@ class Ingest:
             raise Refused(415, "Unsupported Media Type", f"send the update as one of {known}")
         event = event_from_headers(environ)
         identity.require_client(event.client)
-        body: Body = environ["wsgi.input"]
-        place = self._place(state)
-        _check_size(body.remaining, place.most_bytes)
-        return self._admit_and_store(event, place, body, started)
+        return self._admit_and_store(event, state, environ["wsgi.input"], started)
 
     def _take_in_structured(self, state: JobState, body: Body, identity: Identity, started: float) -> Outcome:
         """A structured event has its attributes in the body, so all of it is read before anything is asked."""
@@ -156,35 +154,39 @@ class Ingest:
             event, data = event_from_json(received)
             del received
             identity.require_client(event.client)
-            _check_size(len(data), place.most_bytes)
-            return self._admit_and_store(event, place, _Memory(data), started)
+            return self._admit_and_store(event, state, _Memory(data), started)
         finally:
             self._structured.release()
 
-    def _place(self, state: JobState) -> _Place:
+    def _place(self, state: JobState, updates_pool: int = -1) -> _Place:
+        """Where the update may go. `updates_pool` is the job's pool if that may be newer than `state`."""
+        if updates_pool >= 0:
+            state = msgspec.structs.replace(state, updates_pool=updates_pool)
         return _Place(state, self._layouts.of(state), self._link.update_pool(state))
 
-    def _admit_and_store(self, event: UpdateEvent, place: _Place, body: Body, started: float) -> Outcome:
+    def _admit_and_store(self, event: UpdateEvent, state: JobState, body: Body, started: float) -> Outcome:
+        """Asks first whether the update is wanted here: only then must the job's memory be on this node."""
         gateway = self._link.endpoint_id
-        outcome = self._admit(event, place, gateway)
-        if outcome is not None:
-            return outcome
+        verdict = self._admit(event, state.job, gateway)
+        if verdict.status != "open":
+            return _not_taken(verdict, event)
         upload = _Upload(gateway)
         try:
+            place = self._place(state, verdict.updates_pool)
+            _check_size(body.remaining, place.most_bytes)
             return self._store(event, place, body, started, upload)
         finally:
             if not upload.is_committed:
-                self._abandon(place, gateway)
+                self._abandon(event, state.job, gateway)
 
-    def _abandon(self, place: _Place, gateway: int) -> None:
+    def _abandon(self, event: UpdateEvent, job: str, gateway: int) -> None:
         with contextlib.suppress(LiflError):  # a coordinator that is away has forgotten the upload anyway
-            self._coordinator.ask(Abandon(place.state.job, gateway), Acknowledged)
+            self._coordinator.ask(Abandon(job, event.round, event.client, gateway), Acknowledged)
 
-    def _admit(self, event: UpdateEvent, place: _Place, gateway: int) -> Outcome | None:
-        """Ask whether the update would be taken; None if so."""
-        question = Admit(place.state.job, event.round, event.client, event.event_id, gateway)
-        verdict = self._coordinator.ask(question, Verdict)
-        return None if verdict.status == "open" else _not_taken(verdict, event)
+    def _admit(self, event: UpdateEvent, job: str, gateway: int) -> Verdict:
+        """Ask whether the update would be taken."""
+        question = Admit(job, event.round, event.client, event.event_id, gateway)
+        return self._coordinator.ask(question, Verdict)
 
     def _store(self, event: UpdateEvent, place: _Place, body: Body, started: float, upload: _Upload) -> Outcome:
         slot = self._take_slot(place.pool)
@@ -295,6 +297,8 @@ def _not_taken(verdict: Verdict, event: UpdateEvent) -> Outcome:
     """A duplicate is a success; raises Late for the others."""
     if verdict.status == "duplicate":
         return Outcome("duplicate", event.round)
+    if verdict.status == "elsewhere":
+        raise Elsewhere(verdict.address)
     if verdict.status == "early":
         raise Late("Early", f"round {event.round} is not open yet; round {verdict.round} is", verdict.round)
     raise Late("Late", f"round {event.round} is closed; round {verdict.round} comes next", verdict.round)

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
-from flask import Flask, Response
+from flask import Flask, Response, request
 from lifl.errors import Busy, InvalidInput, Refused, Unavailable
 from werkzeug.exceptions import HTTPException
 
@@ -24,6 +24,14 @@ class Late(Refused):
     def __init__(self, title: str, detail: str, open_round: int) -> None:
         super().__init__(409, title, detail)
         self.round = open_round
+
+
+class Elsewhere(Refused):
+    """Another node of the cluster takes the update; `address` is the base URL of its gateways."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(307, "Temporary Redirect", f"send this round's update to {address}")
+        self.address = address
 
 
 class Unauthorized(Refused):
@@ -53,6 +61,8 @@ def answer_refused(error: Refused) -> Response:
     response = problem_response(error.status, error.title, error.detail, **members)
     if isinstance(error, Busy):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, Elsewhere):
+        response.headers["Location"] = error.address + request.full_path.rstrip("?")
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = 'Bearer realm="lifl"'
     return response

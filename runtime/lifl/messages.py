@@ -289,7 +289,7 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Time without traffic after which workers stop and the pool's memory goes back to the kernel."""
     placement: Literal["best-fit", "first-fit", "worst-fit", "round-robin"] = "best-fit"
     """Which node of a cluster folds an update. `best-fit`: the fullest that still has capacity, so that few nodes
-    are used; `worst-fit`: the emptiest; `first-fit`: the first that has capacity; `round-robin`: one after another."""
+    are used; `worst-fit`: the emptiest; `first-fit`: the first that has capacity; `round-robin`: each in turn."""
     redirect: bool = True
     """Whether a gateway sends a client to the node that its update was placed on. False: an update is folded where
     it arrives, for clients that reach the gateways through a load balancer only."""
@@ -333,6 +333,8 @@ class Abandon(Message):
     """An upload that was admitted will not be committed. Answered by `Acknowledged`."""
 
     job: str
+    round: int
+    client: str
     gateway: int
 
 
@@ -370,6 +372,8 @@ class Verdict(Message):
     """The aggregator's endpoint; 0 when it is only being started: the coordinator then sends the descriptor."""
     address: str = ""
     """On `elsewhere`: base URL of the gateways of the node that takes this client's update."""
+    updates_pool: int = -1
+    """On `open`: the pool whose slots it may go to, if the gateway may not know it yet."""
 
 
 class BusySlots(Message):
@@ -386,8 +390,10 @@ class Slots(Message):
 
 
 class DescribeUplink(Message):
-    """From the gateway that got a PARTIAL descriptor from an aggregator: where does this partial aggregate go? Asked
-    again before each attempt to send it. Answered by `Uplink`."""
+    """From the gateway that got a PARTIAL descriptor from an aggregator: where does this partial aggregate go?
+
+    Asked again before each attempt to send it. Answered by `Uplink`.
+    """
 
     slot: int
     """Slot reference of the accumulator."""
@@ -422,7 +428,7 @@ class PartialSent(Message):
 
 
 class OfferPartial(Message):
-    """Asked before a partial aggregate from another node is received: is it wanted? Answered by `PartialVerdict`."""
+    """Asked before a partial aggregate of another node is received: is it wanted? See `PartialVerdict`."""
 
     job: str
     nonce: int
@@ -450,11 +456,15 @@ class CommitPartial(Message):
     generation: int
     gateway: int
     """The gateway's endpoint; see `Commit`."""
+    updates: int = 0
+    """Client updates contained, from the seal."""
+    nbytes: int = 0
+    """Bytes that came over the network for it."""
 
 
 class PartialVerdict(Message):
-    """`open`: go on and receive it. `accepted`: it is part of the round. `duplicate`: it is already. `refused`: it is
-    not wanted, and sending it again does not help."""
+    """`open`: go on and receive it. `accepted`: it is part of the round. `duplicate`: it is already. `refused`: it
+    is not wanted, and sending it again does not help."""
 
     status: Literal["open", "accepted", "duplicate", "refused"]
     destination: int = 0

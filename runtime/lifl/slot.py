@@ -196,6 +196,11 @@ class Seal(NamedTuple):
         return cls(nonce, round_, sequence, inputs, updates, weight, delta, keys)
 
 
+PARTIAL_SEAL_OFFSET: Final = 2048
+"""Where, in the header page of an update slot, the seal of another node's partial aggregate lies: behind the header
+that every update slot has."""
+
+
 def erase_header(buffer: memoryview | bytearray, offset: int = 0) -> None:
     """Make the header or seal at `offset` invalid."""
     buffer[offset : offset + 4] = b"\0\0\0\0"

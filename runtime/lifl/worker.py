@@ -27,6 +27,7 @@ from lifl.model_layout import AccumulatorLayout, FoldPlan, ModelLayout, parse_he
 from lifl.pool import MappedPool
 from lifl.slot import (
     MAX_SEAL_INPUTS,
+    PARTIAL_SEAL_OFFSET,
     InputKey,
     Seal,
     UpdateHeader,
@@ -163,6 +164,8 @@ class Worker:
             self._take_update(current, message)
         elif message.kind == Kind.PARTIAL and role == "worker":
             self._take_partial(current, message)
+        elif message.kind == Kind.PARTIAL and role in ("gateway", "coordinator"):
+            self._take_remote_partial(current, message)
         else:
             log.warning("ignored a descriptor of kind %d from %#x", message.kind, message.source)
 
@@ -247,6 +250,27 @@ class Worker:
             return
         sums = self._aggregates.payload(index, self._accumulators.nbytes)
         self._add_ready(current, ReadyInput(InputKey(message.slot, seal.sequence), None, seal, sums))
+
+    def _take_remote_partial(self, current: Assignment, message: Descriptor) -> None:
+        """A partial aggregate of another node lies in an update slot, with its seal behind the update's header."""
+        pool, index = split_slot_reference(message.slot)
+        info = self._infos["updates"]
+        if pool != info.pool or index >= info.slots:
+            log.warning("ignored a partial aggregate in a slot that is not of this job: %#x", message.slot)
+            return
+        page = self._updates.header(index)
+        header = UpdateHeader.unpack_from(page)
+        seal = Seal.unpack_from(page, PARTIAL_SEAL_OFFSET)
+        if header is None or header.generation & 0xFF != message.generation:
+            log.warning("ignored a descriptor of slot %d that is out of date", index)
+            return
+        if seal is None or seal.round != current.round or seal.pool_nonce != self._nonce:
+            log.warning("ignored a partial aggregate without a valid seal in slot %d", index)
+            return
+        if self._is_known(current, message, header.generation):
+            return
+        sums = self._updates.payload(index, self._accumulators.nbytes)
+        self._add_ready(current, ReadyInput(InputKey(message.slot, header.generation), None, seal, sums))
 
     def _is_known(self, current: Assignment, message: Descriptor, generation: int) -> bool:
         """Whether the input was taken before (a replay); a folded one is reported again."""

@@ -368,7 +368,7 @@ def test_a_job_does_not_go_idle_while_an_update_is_on_its_way(platform: Platform
     pool.payload(0)[:4] = b"half"
     time.sleep(0.6)  # several times the idle time
     assert bytes(pool.payload(0)[:4]) == b"half"
-    assert isinstance(platform.ask(Abandon("job", platform.gateway)), Acknowledged)
+    assert isinstance(platform.ask(Abandon("job", 1, "client", platform.gateway)), Acknowledged)
     until(lambda: platform.pool_pages(pool) == 0, what="return of the memory")
 
 

@@ -69,14 +69,14 @@ def test_deleted_checkpoints_take_their_optimiser_state_with_them(store: JobStor
 
 @pytest.mark.parametrize(("keep", "left"), [(1, []), (2, [5]), (3, [4, 5]), (0, [1, 2, 3, 4, 5])])
 def test_a_job_keeps_so_many_checkpoints_with_the_one_to_come(store: JobStore, keep: int, left: list[int]):
-    job = Job(JobSpec("job", "fedavg", 3, keep_checkpoints=keep), store, checkpoints=[1, 2, 3, 4, 5])
+    job = Job(JobSpec("job", "fedavg", 3, keep_checkpoints=keep), store, store, checkpoints=[1, 2, 3, 4, 5])
     retired = job.retire_checkpoints()
     assert job.checkpoints == left
     assert sorted(retired + left) == [1, 2, 3, 4, 5]
 
 
 def test_a_checkpoint_that_somebody_reads_is_kept_for_now(store: JobStore):
-    job = Job(JobSpec("job", "fedavg", 3, keep_checkpoints=1), store, checkpoints=[1, 2], file_leases={7: 1})
+    job = Job(JobSpec("job", "fedavg", 3, keep_checkpoints=1), store, store, checkpoints=[1, 2], file_leases={7: 1})
     assert job.retire_checkpoints() == [2]
     assert job.checkpoints == [1]
 

@@ -167,7 +167,8 @@ def complete_round(number: int, updates: int) -> Round:
 def test_a_job_keeps_the_updates_of_few_rounds_and_not_of_huge_ones(
     tmp_path: Path, sizes: list[int], kept: list[int]
 ):
-    job = Job(JobSpec("job", "fedavg", 1), JobStore.of(tmp_path, "job"))
+    store = JobStore.of(tmp_path, "job")
+    job = Job(JobSpec("job", "fedavg", 1), store, store)
     for number, size in enumerate(sizes, 1):
         job.remember(complete_round(number, size))
     assert list(job.rounds_with_updates()) == kept

@@ -5,13 +5,13 @@
     POST /v1/members/NODE/orders       OrdersRequest   -> Orders; waits for something new, and is the heartbeat
     POST /v1/members/NODE/leave        Leave           -> Acknowledged
 
-Errors are problem+json. 410 says that the node's lease has run out: all that it holds of open rounds is void, and it
-registers anew with another incarnation.
+Errors are problem+json. 410 says that the node's lease has run out: all that it holds of open rounds is void, and
+it registers anew with another incarnation.
 
-Orders are states and not steps: a `JobOrder` says how things shall be, whoever missed some only needs the last one,
-and a coordinator that was started again sends the same from its journal. `version` grows with each change. A node
-that has carried out what an order says names its version in `seen`. Messages are steps; each may safely be repeated,
-and those of one node are sent one after another, so they arrive in order.
+Orders are states and not steps: a `JobOrder` says how things shall be, whoever missed some only needs the last
+one, and a coordinator that was started again sends the same from its journal. `version` grows with each change. A
+node that has carried out what an order says names its version in `seen`. Messages are steps; each may safely be
+repeated, and those of one node are sent one after another, so they arrive in order.
 
 Times are durations, never instants: no two nodes need agree about the time of day.
 """
@@ -103,10 +103,10 @@ class NodeLoad(msgspec.Struct, frozen=True):
 
 
 class OrdersRequest(Message):
-    """Ask for every order that is newer than those carried out; the answer waits for one for up to `wait` seconds."""
+    """Ask for every order newer than those carried out; the answer waits for one for up to `wait` seconds."""
 
     incarnation: str
-    seen: dict[str, int] = {}
+    seen: dict[str, int] = msgspec.field(default_factory=dict)
     """Version of the order of each job that was carried out."""
     load: NodeLoad = NodeLoad()
     capacity: float = 0.0
@@ -132,7 +132,7 @@ class JobOrder(msgspec.Struct, frozen=True):
     """Grows when a round starts again without any of its updates, because its model was lost. Whatever belongs to
     another attempt is void."""
     epoch: int = 0
-    """Grows whenever another node becomes the top of the round. A partial aggregate of another epoch is refused."""
+    """Grows whenever another node becomes the round's top. A partial aggregate of another epoch is refused."""
     model_sources: tuple[str, ...] = ()
     """Peer addresses that have the newest model, nearest first; the coordinator's own may be among them."""
     state_sources: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class JobOrder(msgspec.Struct, frozen=True):
     top: str = ""
     """Peer address of the top."""
     updates: int = 0
-    """Updates of this node that count; while closing, it finishes when it has this many, neither more nor fewer."""
+    """Updates of this node that count; while closing, it finishes when it has just so many."""
     partials: tuple[str, ...] = ()
     """For the top: incarnations whose partial aggregates belong to the round. It refuses any other, but keeps and
     reports (`PartialDelivered`) one that it had taken in before it saw this order."""
@@ -239,9 +239,9 @@ class RejectUpdate(Message):
 
 
 class PartialDelivered(Message):
-    """From the top: the partial aggregate of `source` (an incarnation) is in its memory. Answered by `Acknowledged`.
+    """From the top: the partial aggregate of `source` (an incarnation) is in its memory.
 
-    From here on the loss of that node loses no update.
+    Answered by `Acknowledged`. From here on the loss of that node loses no update.
     """
 
     job: str
@@ -254,7 +254,7 @@ class PartialDelivered(Message):
 
 
 class ModelMade(Message):
-    """From the top: the round's model is there. Answered by `Acknowledged` when it counts: then the round is complete.
+    """From the top: the round's model is there. Answered by `Acknowledged` when it counts: the round is complete.
 
     `Problem` 409 when it does not: another epoch has begun, or `contributors` are not those that the round has.
     """
@@ -296,6 +296,20 @@ class RoundReport(Message):
     latency_max: float = 0.0
 
 
+class FunctionFacts(Message):
+    """What a function asks of the platform, known once it was imported on a node. Answered by `Acknowledged`.
+
+    Before the first of these a job's updates cannot be placed: a gathering function has all of them on one node.
+    """
+
+    function: str
+    gather: bool
+    state_arrays: int
+    """Arrays that its server optimiser keeps: the top of the next round needs them."""
+    failure: str = ""
+    """Why it could not be imported."""
+
+
 class JobBroken(Message):
     """The job cannot go on on this node: its function fails, or there is no memory. Answered by `Acknowledged`."""
 
@@ -313,6 +327,7 @@ MemberMessage = (
     | ModelMade
     | ModelHeld
     | RoundReport
+    | FunctionFacts
     | JobBroken
     | CreateJob
     | DeleteJob

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lifl.cluster.load import ExecutionEstimate
 from lifl.control.agent_link import AgentLink
 from lifl.control.background import Background
 from lifl.control.gateway_connections import GatewayConnection
@@ -15,6 +17,9 @@ from lifl.endpoint import Endpoint
 from lifl.errors import Unavailable
 from lifl.messages import DataPlane
 from lifl.slot import split_slot_reference
+
+if TYPE_CHECKING:
+    from lifl.control.member import Member
 
 log = logging.getLogger("lifl.coordinator")
 
@@ -34,10 +39,18 @@ class Context:
     gateways: dict[int, int] = field(default_factory=dict)
     """Endpoint of the gateway on each seat."""
     subscribers: set[GatewayConnection] = field(default_factory=set)
+    execution: ExecutionEstimate = field(default_factory=ExecutionEstimate)
+    """E of this node."""
+    member: Member | None = None
+    """This node's part in its cluster; None for a node on its own."""
     agent: AgentLink = field(init=False)
     endpoint: Endpoint = field(init=False)
     """The coordinator's own, on the data plane of the agent that runs now."""
     data_plane: DataPlane = field(init=False)
+
+    def background_of(self, job: Job) -> Background:
+        """The thread in which the job's models are read."""
+        return self.background if job.member is None or self.member is None else self.member.pulls
 
     def publish(self, job: Job) -> None:
         """Tell the subscribed gateways how the job stands."""

@@ -19,6 +19,7 @@ Here are the loop, its timers, the connection to the agent and the restart from 
 from __future__ import annotations
 
 import argparse
+import heapq
 import logging
 import os
 import selectors
@@ -26,12 +27,15 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from lifl.agent_client import AgentConnection, join
 from lifl.capabilities import drop_capabilities
+from lifl.cluster.member_link import MemberLink
+from lifl.cluster.messages import Orders
 from lifl.control.agent_link import AgentLink
 from lifl.control.context import Context
 from lifl.control.gateway_connections import GatewayConnections
@@ -40,13 +44,17 @@ from lifl.control.idleness import Idleness
 from lifl.control.job import Job
 from lifl.control.job_memory import JobMemory, read_layout
 from lifl.control.job_store import JobStore
+from lifl.control.member import Member
+from lifl.control.member_options import Membership, add_member_options, describe_node, load_of, membership_of
+from lifl.control.member_requests import MemberRequests
 from lifl.control.model_keeper import ModelKeeper
+from lifl.control.peer_models import PeerModels
 from lifl.control.rounds import Rounds
 from lifl.control.supervisor import tell_supervisor
 from lifl.control.workforce import Workforce
-from lifl.control_channel import listen
+from lifl.control_channel import close_fds, listen
 from lifl.errors import LiflError, ProtocolError, Refused, Unavailable
-from lifl.messages import Hello, Joined, Left, Problem
+from lifl.messages import Done, Hello, Joined, Left, Problem
 from lifl.process import end_with_supervisor
 
 _RECONNECT_SECONDS: Final = 30.0
@@ -57,18 +65,65 @@ log = logging.getLogger("lifl.coordinator")
 class Coordinator:
     """See the module. All methods run in the loop's thread."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, membership: Membership | None = None) -> None:
         self._context = context
+        self._member: Member | None = None
         self._workforce = Workforce(context)
         self._memory = JobMemory(context, self._workforce)
         self._models = ModelKeeper(context, self._workforce, self._memory)
         self._rounds = Rounds(context, self._workforce, self._memory, self._models)
-        self._idleness = Idleness(self._workforce, self._memory)
-        self._requests = GatewayRequests(
+        self._idleness = Idleness(context, self._workforce, self._memory)
+        self._requests: GatewayRequests = GatewayRequests(
             context, self._workforce, self._models, self._rounds, self._idleness, self._hear_news
         )
         self._selector = selectors.DefaultSelector()
         self._stopping = False
+        self._appointments: list[tuple[float, int, Callable[[], None]]] = []
+        """What is to be called at which monotonic time; the number keeps equal times in order."""
+        if membership is not None:
+            self._join_cluster(membership)
+
+    def _join_cluster(self, options: Membership) -> None:
+        """Have the cluster's coordinator decide about jobs from now on."""
+        context = self._context
+        link = MemberLink(
+            options.link,
+            context.runtime_directory,
+            partial(describe_node, context, options),
+            lambda orders: self._on_orders(orders),
+            lambda: self._on_lease_lost(),
+        )
+        link.capacity = options.capacity
+        member = Member(
+            context,
+            self._workforce,
+            self._memory,
+            self._rounds,
+            link,
+            partial(PeerModels, options),
+            self._call_later,
+        )
+        context.member = self._member = member
+        self._requests = MemberRequests(
+            options.link.name,
+            member,
+            *(context, self._workforce, self._models, self._rounds, self._idleness, self._hear_news),
+        )
+
+    def _on_orders(self, orders: Orders) -> None:
+        assert self._member is not None
+        self._member.on_orders(orders)
+        self._context.agent.get_traffic(self._note_load)
+
+    def _on_lease_lost(self) -> None:
+        assert self._member is not None
+        self._member.on_lost()
+
+    def _note_load(self, done: Done, fds: list[int]) -> None:
+        """Keep the node's load for the next heartbeat."""
+        close_fds(fds)
+        assert self._member is not None
+        self._member.link.load = load_of(self._context, self._workforce.size, done.traffic)
 
     # --- loop ----------------------------------------------------------------------------------------------
 
@@ -79,7 +134,13 @@ class Coordinator:
         background.start()
         self._selector.register(background, selectors.EVENT_READ, background.process)
         self._join_agent()
-        self._restore_jobs()
+        if self._member is None:
+            self._restore_jobs()
+        else:
+            self._member.pulls.start()
+            self._selector.register(self._member.pulls, selectors.EVENT_READ, self._member.pulls.process)
+            self._selector.register(self._member.link, selectors.EVENT_READ, self._member.link.process)
+            self._member.link.start()
         path = str(self._context.runtime_directory / "coordinator.sock")
         gateways = GatewayConnections(self._selector, self._requests.answer, self._requests.connection_ended)
         gateways.serve(listen(path))
@@ -106,8 +167,13 @@ class Coordinator:
 
     # --- timers --------------------------------------------------------------------------------------------
 
+    def _call_later(self, seconds: float, action: Callable[[], None]) -> None:
+        """Have the loop call `action` after some time."""
+        heapq.heappush(self._appointments, (time.monotonic() + seconds, id(action), action))
+
     def _seconds_to_next_timer(self) -> float | None:
-        times = [when for job in self._context.jobs.values() for when in self._timers_of(job)]
+        times = [when for when, _, _ in self._appointments[:1]]
+        times += [when for job in self._context.jobs.values() for when in self._timers_of(job)]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _timers_of(self, job: Job) -> list[float]:
@@ -116,7 +182,7 @@ class Coordinator:
         if job.status != "running" or round_ is None or round_.status != "open":
             return []
         times = []
-        deadline = round_.deadline()
+        deadline = round_.deadline() if job.member is None else None
         # A deadline that has passed closes the round with the next update; it needs no more waking.
         if deadline is not None and round_.accepted and time.monotonic() < deadline:
             times.append(deadline)
@@ -127,6 +193,8 @@ class Coordinator:
 
     def _run_timers(self) -> None:
         now = time.monotonic()
+        while self._appointments and self._appointments[0][0] <= now:
+            heapq.heappop(self._appointments)[2]()
         for job in list(self._context.jobs.values()):
             if job.status != "running" or job.round is None:
                 continue
@@ -198,6 +266,8 @@ class Coordinator:
         match event:
             case Joined(role="gateway"):
                 self._context.gateways[event.seat] = event.endpoint
+                if self._member is not None:
+                    self._member.gateway_joined()
             case Left(role="gateway"):
                 self._gateway_left(event)
             case Joined(role="zygote"):
@@ -222,7 +292,7 @@ class Coordinator:
         """Take up every job of the journal with its newest model."""
         for store in JobStore.all_under(self._context.state_directory):
             try:
-                job = Job(store.spec(), store)
+                job = Job(store.spec(), store, store)
                 store.remove_leftovers()
             except (LiflError, ValueError, OSError) as error:
                 log.error("%s: %s", store.directory, error)
@@ -260,6 +330,7 @@ def main() -> None:
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--functions", help="names of the project's functions, separated by commas")
+    add_member_options(parser)
     options = parser.parse_args()
     end_with_supervisor()
     drop_capabilities()
@@ -270,7 +341,7 @@ def main() -> None:
     context = Context(
         options.runtime_directory, options.state_directory, options.gateways, options.cores, functions
     )
-    Coordinator(context).run()
+    Coordinator(context, membership_of(options, context.cores)).run()
 
 
 if __name__ == "__main__":

@@ -24,11 +24,15 @@ class GatewayConnection:
         self.channel: ControlChannel[ToCoordinator] = ControlChannel(sock, ToCoordinator)
         self.leases: dict[int, Job] = {}
         """Job of each model that is lent over this connection."""
+        self.has_ended = False
+        """Nobody is there to hear an answer."""
         sock.setblocking(False)
 
     def answer(self, message: Message) -> None:
         """Send. A gateway that reads too slowly to be told everything is cut off: it connects again and is told
         all anew."""
+        if self.has_ended:
+            return
         try:
             try:
                 self.channel.send(message)
@@ -94,4 +98,5 @@ class GatewayConnections:
     def _drop(self, connection: GatewayConnection) -> None:
         self._selector.unregister(connection.channel.socket)
         connection.channel.close()
+        connection.has_ended = True
         self._ended(connection)

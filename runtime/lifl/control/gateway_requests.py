@@ -32,6 +32,7 @@ from lifl.messages import (
     Admit,
     BusySlots,
     Commit,
+    CommitPartial,
     CreateJob,
     DeleteJob,
     DescribeJob,
@@ -39,6 +40,7 @@ from lifl.messages import (
     DescribeNodes,
     DescribeRound,
     DescribeUpdates,
+    DescribeUplink,
     Done,
     InstallModel,
     Jobs,
@@ -47,9 +49,10 @@ from lifl.messages import (
     Latencies,
     ListJobs,
     Message,
-    ModelSource,
     Nodes,
     NodeState,
+    OfferPartial,
+    PartialSent,
     Problem,
     ReturnModel,
     RoundUpdates,
@@ -91,12 +94,12 @@ class GatewayRequests:
         """Answer a request; None when the answer comes later. Raises `Refused`."""
         match request:
             case Admit():
-                return self._admit(request)
+                return self._admit(connection, request)
             case Abandon():
                 self._end_upload(request)
                 return Acknowledged()
             case Commit():
-                return self._commit(request)
+                return self._commit(connection, request)
             case AcquireModel():
                 return self._acquire_model(connection, request)
             case ReturnModel():
@@ -104,12 +107,12 @@ class GatewayRequests:
             case BusySlots():
                 return self._busy_slots(request.seat)
             case CreateJob():
-                return self._create_job(request.spec)
+                return self._create_job(connection, request.spec)
             case InstallModel():
                 self._install_model(connection, request)
                 return None
             case DescribeJob():
-                return self._find(request.job).state(self._context.data_plane)
+                return self._describe_job(connection, request.job)
             case DescribeRound():
                 return self._describe_round(connection, request)
             case DescribeUpdates():
@@ -117,12 +120,13 @@ class GatewayRequests:
             case DescribeLatencies():
                 return self._describe_latencies()
             case ListJobs():
-                return self._list_jobs(request.after)
+                return self._list_jobs(connection, request.after)
             case DeleteJob():
-                return self._delete(request.job)
+                return self._delete(connection, request.job)
             case DescribeNodes():
-                self._context.agent.get_traffic(partial(self._answer_nodes, connection))
-                return None
+                return self._describe_nodes(connection)
+            case DescribeUplink() | PartialSent() | OfferPartial() | CommitPartial():
+                raise Refused(409, "not in a cluster", "this node takes no part in the rounds of other nodes")
             case Subscribe():
                 self._subscribe(connection)
                 return None
@@ -166,7 +170,7 @@ class GatewayRequests:
             return None
         return Verdict(admission, round_.number + (admission == "late"))
 
-    def _admit(self, request: Admit) -> Verdict:
+    def _admit(self, connection: GatewayConnection, request: Admit) -> Message | None:
         job, round_ = self._find_open_round(request.job)
         verdict = self._judge(round_, request.round, request.client)
         if verdict is None:
@@ -188,7 +192,7 @@ class GatewayRequests:
         if self._context.gateways.get(seat) != gateway:
             raise Busy("gateway replaced", "send the update again", retry_after=0.2)
 
-    def _commit(self, request: Commit) -> Verdict:
+    def _commit(self, connection: GatewayConnection, request: Commit) -> Message | None:
         self._end_upload(request)
         self._require_current(request.gateway, request.slot)
         job, round_ = self._find_open_round(request.job)
@@ -202,7 +206,12 @@ class GatewayRequests:
             # Its slot may have been emptied under it: only a gateway that lost count of its uploads gets here.
             raise Busy("the job slept meanwhile", "send the update again", retry_after=0.1)
         update = round_.accept(
-            request.client, request.slot, request.generation, request.num_samples, request.started
+            request.client,
+            request.slot,
+            request.generation,
+            request.num_samples,
+            request.started,
+            time.monotonic(),
         )
         job.last_activity = time.monotonic()
         record = job.workers.get(update.aggregator)
@@ -231,10 +240,7 @@ class GatewayRequests:
 
     def _install_model(self, connection: GatewayConnection, request: InstallModel) -> None:
         job = self._find(request.job)
-        incoming = (self._context.state_directory / "incoming").resolve()
-        path = Path(request.path).resolve()
-        if path.parent != incoming:
-            raise Refused(400, "not an upload", f"{path.name} is not in the directory of uploads")
+        path = self._upload_of(request)
         if job.status != "waiting-for-model" or job.installing:
             path.unlink(missing_ok=True)
             raise Refused(
@@ -242,6 +248,14 @@ class GatewayRequests:
             )
         job.store.adopt_model(path, 1)
         self._rounds.start(job, 1, partial(self._installed, connection, job))
+
+    def _upload_of(self, request: InstallModel) -> Path:
+        """The file that a gateway has put there. Raises `Refused` 400 for a path that is elsewhere."""
+        incoming = (self._context.state_directory / "incoming").resolve()
+        path = Path(request.path).resolve()
+        if path.parent != incoming:
+            raise Refused(400, "not an upload", f"{path.name} is not in the directory of uploads")
+        return path
 
     def _installed(self, connection: GatewayConnection, job: Job, problem: Problem | None) -> None:
         if problem is None:
@@ -252,13 +266,13 @@ class GatewayRequests:
         job.layout = None
         connection.answer(problem)
 
-    def _acquire_model(self, connection: GatewayConnection, request: AcquireModel) -> ModelSource:
+    def _acquire_model(self, connection: GatewayConnection, request: AcquireModel) -> Message | None:
         source = self._models.source(self._find(request.job), request.round)
         if source.lease:
             connection.leases[source.lease] = self._find(request.job)
         return source
 
-    def _return_model(self, connection: GatewayConnection, request: ReturnModel) -> Acknowledged:
+    def _return_model(self, connection: GatewayConnection, request: ReturnModel) -> Message | None:
         job = connection.leases.pop(request.lease, None)
         if job is not None:
             self._models.give_back(job, request.lease)
@@ -266,7 +280,7 @@ class GatewayRequests:
 
     # --- jobs ----------------------------------------------------------------------------------------------
 
-    def _create_job(self, spec: JobSpec) -> JobState:
+    def _create_job(self, connection: GatewayConnection, spec: JobSpec) -> Message | None:
         existing = self._context.jobs.get(spec.name)
         if existing is not None:
             if existing.spec == spec:
@@ -276,6 +290,17 @@ class GatewayRequests:
             )
         if spec.name in self._retiring:
             raise Busy("name taken", f"the former job {spec.name!r} is still being put away", retry_after=0.2)
+        self._check(spec)
+        store = JobStore.of(self._context.state_directory, spec.name)
+        job = Job(spec, store, store)
+        job.store.create(spec)
+        self._context.jobs[spec.name] = job
+        self._workforce.need_function(spec.function)
+        self._context.publish(job)
+        return job.state(self._context.data_plane)
+
+    def _check(self, spec: JobSpec) -> None:
+        """Raise `Refused` 422 for a job that cannot be run here."""
         check_spec(spec)
         functions = self._context.functions
         if functions is not None and spec.function not in functions:
@@ -286,14 +311,8 @@ class GatewayRequests:
         zygote = self._workforce.zygote(spec.function)
         if zygote is not None and zygote.failure:
             raise Refused(422, "the function cannot be used", zygote.failure)
-        job = Job(spec, JobStore.of(self._context.state_directory, spec.name))
-        job.store.create(spec)
-        self._context.jobs[spec.name] = job
-        self._workforce.need_function(spec.function)
-        self._context.publish(job)
-        return job.state(self._context.data_plane)
 
-    def _delete(self, name: str) -> Acknowledged:
+    def _delete(self, connection: GatewayConnection, name: str) -> Message | None:
         job = self._find(name)
         job.status = "deleted"
         del self._context.jobs[name]
@@ -315,6 +334,9 @@ class GatewayRequests:
         return partial(self._retiring.discard, job.spec.name)
 
     # --- what there is -------------------------------------------------------------------------------------
+
+    def _describe_job(self, connection: GatewayConnection, name: str) -> Message | None:
+        return self._find(name).state(self._context.data_plane)
 
     def _describe_round(self, connection: GatewayConnection, request: DescribeRound) -> Message | None:
         """From memory; from the journal in the background when it is of an earlier life of the coordinator."""
@@ -343,7 +365,7 @@ class GatewayRequests:
             f"rounds that have them: {kept}",
         )
 
-    def _list_jobs(self, after: str) -> Jobs:
+    def _list_jobs(self, connection: GatewayConnection, after: str) -> Message | None:
         states: list[JobState] = []
         room = _PAGE_BYTES
         for name in sorted(name for name in self._context.jobs if name > after):
@@ -363,6 +385,10 @@ class GatewayRequests:
         for job in self._context.jobs.values():
             connection.answer(job.state(self._context.data_plane))
         connection.answer(Acknowledged())
+
+    def _describe_nodes(self, connection: GatewayConnection) -> Message | None:
+        self._context.agent.get_traffic(partial(self._answer_nodes, connection))
+        return None
 
     def _answer_nodes(self, connection: GatewayConnection, done: Done, fds: list[int]) -> None:
         close_fds(fds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from lifl.control.context import Context
 from lifl.control.job import Job
 from lifl.control.job_memory import JobMemory
 from lifl.control.workforce import Workforce
@@ -12,7 +13,8 @@ from lifl.control.workforce import Workforce
 class Idleness:
     """Puts jobs to sleep and wakes them up."""
 
-    def __init__(self, workforce: Workforce, memory: JobMemory) -> None:
+    def __init__(self, context: Context, workforce: Workforce, memory: JobMemory) -> None:
+        self._context = context
         self._workforce = workforce
         self._memory = memory
 
@@ -32,7 +34,10 @@ class Idleness:
             return
         job.last_activity = 0.0
         self._workforce.stop(job)
-        if not round_.accepted and job.checkpointed_round == job.model_round:
+        if self._context.member is not None and job.member is not None:
+            if not round_.accepted and not round_.remote:
+                self._context.member.sleep(job)
+        elif not round_.accepted and job.checkpointed_round == job.model_round:
             job.given_back_at = time.monotonic()
             self._memory.give_back(job)
 

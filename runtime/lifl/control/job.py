@@ -6,12 +6,14 @@ import hashlib
 import os
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from lifl.control.hierarchy import PendingEstimate
 from lifl.control.job_store import JobStore
 from lifl.control.latencies import LatencyHistogram
+from lifl.control.membership import Membership
 from lifl.control.round import Round
 from lifl.errors import Refused
 from lifl.messages import JobSpec, JobState, PoolInfo, RoundState
@@ -42,6 +44,25 @@ _AGGREGATES_SHARE: Final = 0.5
 """The same for models and accumulators: huge models get fewer places in the tree."""
 
 
+class ModelReader(Protocol):
+    """Where a job's models are when they are not in its memory: on the disk, or on other nodes.
+
+    The methods block, and are called in a background thread. They raise OSError when the model cannot be had.
+    """
+
+    def read_header(self, round_number: int) -> tuple[bytes, int | None]:
+        """The safetensors header of the model that starts a round, and the bytes that follow it if that is known.
+
+        Raises `Refused` 422 when it is no model.
+        """
+
+    def read_model(self, round_number: int, header_bytes: int, payload: memoryview) -> None:
+        """Fill `payload` with the model's tensors."""
+
+    def read_state(self, round_number: int, arrays: Sequence[memoryview]) -> None:
+        """Fill the server optimiser's arrays as they are at the start of the round, unless there are none yet."""
+
+
 @dataclass
 class WorkerRecord:
     """A worker process that serves one place of the job's tree."""
@@ -53,6 +74,8 @@ class WorkerRecord:
     assigned: bool = False
     """It was told its round and parent, so descriptors may be sent to it."""
     stopping: bool = False
+    round_started: int = 0
+    """The round it was started for, until it has got its first work."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class Job:
 
     spec: JobSpec
     store: JobStore
+    models: ModelReader
     nonce: int = field(default_factory=lambda: secrets.randbits(63))
     status: Literal["waiting-for-model", "running", "complete", "deleted", "failed"] = "waiting-for-model"
     detail: str = ""
@@ -97,7 +121,7 @@ class Job:
     workers: dict[int, WorkerRecord] = field(default_factory=dict)
     """By place."""
     leases: dict[int, int] = field(default_factory=dict)
-    """Model slot of each lease."""
+    """Round of the model of each lease."""
     file_leases: dict[int, int] = field(default_factory=dict)
     """Round of the checkpoint file of each lease."""
     checkpoints: list[int] = field(default_factory=list)
@@ -115,6 +139,8 @@ class Job:
     given_back_at: float = 0.0
     installing: bool = False
     pending_estimate: PendingEstimate = field(default_factory=PendingEstimate)
+    member: Membership | None = None
+    """For a job of a cluster: what the coordinator wants of this node. None for a job of this node alone."""
 
     # --- where things lie in the aggregates pool -------------------------------------------------------
 
@@ -145,9 +171,18 @@ class Job:
         """Index of the slot that holds an optimiser array as it is at the start of this round."""
         return MODEL_SLOTS + 2 * array + round_number % 2
 
+    def state_slot_reference(self, array: int, round_number: int) -> int:
+        """Slot reference of the same."""
+        assert self.pools is not None
+        return slot_reference(self.pools.aggregates.pool, self.state_slot(array, round_number))
+
     def is_lent(self, round_number: int) -> bool:
         """Whether somebody still reads what is in the slots of this round's model and optimiser state."""
-        if self.model_slot(round_number) in self.leases.values():
+        lent = self.leases.values()
+        if any(self.model_slot(other) == self.model_slot(round_number) for other in lent):
+            return True
+        # In a cluster whoever borrows a model may read the optimiser's arrays too.
+        if self.member is not None and self.state_arrays and any((n - round_number) % 2 == 0 for n in lent):
             return True
         return bool(self.state_arrays) and any((other - round_number) % 2 == 0 for other in self.checkpointing)
 
@@ -168,7 +203,9 @@ class Job:
         assert self.layout is not None
         header = len(self.layout.header)
         sums = AccumulatorLayout(self.layout, self.spec.precision).nbytes
-        updates = PoolGeometry.of(1, header + PAGE, self.layout.payload_bytes)
+        # In a cluster the sums of other nodes come into update slots.
+        largest = self.layout.payload_bytes if self.member is None else max(self.layout.payload_bytes, sums)
+        updates = PoolGeometry.of(1, header + PAGE, largest)
         slots = self._update_slots(updates.stride, gateways)
         aggregate = PoolGeometry.of(1, header, max(self.layout.payload_bytes, sums))
         fixed = MODEL_SLOTS + self.state_slots
@@ -199,7 +236,8 @@ class Job:
     def _update_slots(self, stride: int, gateways: int) -> int:
         at_once = self.gather or self.spec.timing == "lazy"
         fitting = int(available_memory() * _MEMORY_SHARE) // stride
-        slots = self.spec.slots or max(gateways, min(self.spec.goal, fitting, MAX_UPDATE_SLOTS))
+        fewest = gateways if self.member is None else 2 * gateways
+        slots = self.spec.slots or max(fewest, min(self.spec.goal, fitting, MAX_UPDATE_SLOTS))
         if at_once and slots < self.spec.goal:
             kind = "a gathering function" if self.gather else "lazy timing"
             raise Refused(
@@ -229,13 +267,20 @@ class Job:
 
     # --- what others see ---------------------------------------------------------------------------------
 
+    def _open_round(self) -> int:
+        if self.status != "running":
+            return 0
+        if self.member is not None:
+            return self.member.order.round
+        return self.round.number if self.round else 0
+
     def state(self, data_plane: str) -> JobState:
         """The job as the API shows it."""
         pools, layout = self.pools, self.layout
         return JobState(
             job=self.spec.name,
             status=self.status,
-            round=self.round.number if self.round and self.status == "running" else 0,
+            round=self._open_round(),
             model_round=self.model_round,
             spec=self.spec,
             data_plane=data_plane,

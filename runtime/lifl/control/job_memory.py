@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +13,7 @@ from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds
 from lifl.errors import Busy, InvalidModel, Refused
 from lifl.messages import Done, PoolInfo, PoolKind, Problem
-from lifl.model_layout import MAX_HEADER_BYTES, parse_header
+from lifl.model_layout import parse_header
 from lifl.pool import MappedPool
 from lifl.slot import MAX_POOLS
 
@@ -65,8 +63,26 @@ class JobMemory:
             self._end(job, then, Problem(422, "the function cannot be used", zygote.failure))
             return
         job.gather, job.state_arrays = zygote.gather, zygote.state_arrays
+        self._context.background_of(job).put(partial(self._read_layout, job, round_number, then))
+
+    def _read_layout(self, job: Job, round_number: int, then: Outcome) -> Continuation:
+        """In a background thread: the model may be on another node."""
+        problem = None
         try:
             read_layout(job, round_number)
+        except Refused as error:
+            problem = Problem(error.status, error.title, error.detail)
+        except OSError as error:
+            problem = Problem(500, "the model cannot be read", str(error))
+        return partial(self._layout_read, job, round_number, then, problem)
+
+    def _layout_read(self, job: Job, round_number: int, then: Outcome, problem: Problem | None) -> None:
+        if problem is None and job.status == "deleted":
+            problem = Problem(409, "job is deleted", "it was deleted before its model was in place")
+        if problem is not None:
+            self._end(job, then, problem)
+            return
+        try:
             pool = self._new_pool_ids()
             try:
                 updates, aggregates = job.pool_infos(pool, self._context.cores, self._context.gateway_seats)
@@ -123,7 +139,7 @@ class JobMemory:
             del self._being_made[job.spec.name]
             memory = MappedPool(aggregates, received["aggregates"], writable=True, keep_fd=True)
             job.pools = Pools(updates, aggregates, received["updates"], memory)
-            self._context.background.put(partial(self._fill, installation))
+            self._context.background_of(job).put(partial(self._fill, installation))
 
     def _fill(self, installation: _Installation) -> Continuation:
         """In the background thread: load the model, which may be large."""
@@ -210,14 +226,8 @@ def _close_answer(done: Done, fds: list[int]) -> None:
 
 
 def read_layout(job: Job, round_number: int) -> None:
-    """Learn the job's tensors from a checkpoint. Raises `Refused` 422 when it is no model."""
-    path = job.store.checkpoint_path(round_number)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise Refused(422, "not a model", f"{path.name}: header of {length} bytes")
-        header = file.read(length)
-        payload = os.fstat(file.fileno()).st_size - 8 - length
+    """Learn the job's tensors from a round's model. Raises `Refused` 422 when it is no model, OSError."""
+    header, payload = job.models.read_header(round_number)
     try:
         job.layout = parse_header(header, payload)
     except InvalidModel as error:
@@ -239,21 +249,7 @@ def load_model(job: Job, round_number: int) -> None:
     assert job.layout is not None
     _write_headers(job)
     memory = job.pools.memory
-    header = job.layout.header
     model = memory.payload(job.model_slot(round_number), job.layout.payload_bytes)
-    with open(job.store.checkpoint_path(round_number), "rb", buffering=0) as file:
-        file.seek(8 + len(header))
-        _read_whole(file, model)
-    path = job.store.state_path(round_number)
-    if job.state_arrays and path.exists():
-        with open(path, "rb", buffering=0) as file:
-            for array in range(job.state_arrays):
-                _read_whole(file, memory.payload(job.state_slot(array, round_number)))
-
-
-def _read_whole(file: io.FileIO, view: memoryview) -> None:
-    while len(view):
-        count = file.readinto(view)
-        if not count:
-            raise OSError(f"{file.name!r}: shorter than it should be")
-        view = view[count:]
+    job.models.read_model(round_number, len(job.layout.header), model)
+    arrays = [memory.payload(job.state_slot(array, round_number)) for array in range(job.state_arrays)]
+    job.models.read_state(round_number, arrays)

@@ -10,6 +10,7 @@ A checkpoint is written beside its name, fsynced, and renamed, so a file that ha
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import msgspec
 
 from lifl.control.file_writer import write_file
 from lifl.control.round import Round
-from lifl.errors import LiflError
+from lifl.errors import LiflError, Refused
 from lifl.messages import JobSpec, RoundState
+from lifl.model_layout import MAX_HEADER_BYTES
 
 _CHECKPOINT: Final = re.compile(r"round-(\d{8})\.safetensors")
 JOB_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
@@ -128,6 +130,30 @@ class JobStore:
         os.rename(path, self.checkpoint_path(round_number))
         self._sync_directory()
 
+    def read_header(self, round_number: int) -> tuple[bytes, int]:
+        """The safetensors header of a round's model and the bytes that follow it; see `ModelReader`."""
+        path = self.checkpoint_path(round_number)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise Refused(422, "not a model", f"{path.name}: header of {length} bytes")
+            header = file.read(length)
+            return header, os.fstat(file.fileno()).st_size - 8 - length
+
+    def read_model(self, round_number: int, header_bytes: int, payload: memoryview) -> None:
+        """Fill `payload` with a round's model; see `ModelReader`."""
+        with open(self.checkpoint_path(round_number), "rb", buffering=0) as file:
+            file.seek(8 + header_bytes)
+            _read_whole(file, payload)
+
+    def read_state(self, round_number: int, arrays: Sequence[memoryview]) -> None:
+        """Fill the optimiser's arrays if they were kept; see `ModelReader`."""
+        path = self.state_path(round_number)
+        if arrays and path.exists():
+            with open(path, "rb", buffering=0) as file:
+                for array in arrays:
+                    _read_whole(file, array)
+
     def write(self, path: Path, parts: Sequence[bytes | memoryview]) -> None:
         """Write a file from parts in order: temporary name, fsync, rename, fsync of the directory."""
         temporary = path.with_suffix(".partial")
@@ -152,6 +178,14 @@ class JobStore:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _read_whole(file: io.FileIO, view: memoryview) -> None:
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{file.name!r}: shorter than it should be")
+        view = view[count:]
 
 
 def _complete_round(line: bytes) -> RoundState | None:

@@ -19,6 +19,7 @@ from lifl.control.round import Round
 from lifl.control.workforce import Workforce
 from lifl.errors import Refused
 from lifl.messages import ModelSource
+from lifl.model_layout import AccumulatorLayout
 
 log = logging.getLogger("lifl.coordinator")
 
@@ -54,7 +55,7 @@ class ModelKeeper:
     def lend(self, job: Job, round_number: int) -> int:
         """Keep the slot of this round's model as it is until the lease that this returns is given back."""
         self._lease_numbers += 1
-        job.leases[self._lease_numbers] = job.model_slot(round_number)
+        job.leases[self._lease_numbers] = round_number
         return self._lease_numbers
 
     def give_back(self, job: Job, lease: int) -> None:
@@ -64,6 +65,8 @@ class ModelKeeper:
         if job.round is not None and job.round.status == "closing":
             self._workforce.send_close(job, job.round.top)
         self.finish_if_complete(job)
+        if self._context.member is not None and job.member is not None:
+            self._context.member.advance(job)
 
     def finish_if_complete(self, job: Job) -> None:
         """A job that is over keeps no memory once its last model is on disk and read by nobody."""
@@ -93,7 +96,18 @@ class ModelKeeper:
         if number != job.model_round:
             raise Refused(404, "no such model", f"round {number} has not begun; the newest is {job.model_round}")
         lease = self.lend(job, number)
-        return ModelSource(number, "", lease, job.model_slot_reference(number), header, payload)
+        state_slots = tuple(job.state_slot_reference(array, number) for array in range(job.state_arrays))
+        sums = AccumulatorLayout(job.layout, job.spec.precision).nbytes
+        return ModelSource(
+            round=number,
+            path="",
+            lease=lease,
+            slot=job.model_slot_reference(number),
+            header_bytes=header,
+            payload_bytes=payload,
+            state_slots=state_slots,
+            state_bytes=sums,
+        )
 
     # --- checkpoints ---------------------------------------------------------------------------------------
 

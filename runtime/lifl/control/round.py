@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lifl.control.hierarchy import Hierarchy
+from lifl.descriptor import Kind
 from lifl.messages import JobSpec, RoundState, UpdateState
 
 Admission = Literal["open", "duplicate", "late"]
@@ -33,6 +34,9 @@ class AcceptedUpdate:
     folded: float = 0.0
     """Monotonic seconds; 0 while it is not folded."""
     rejected: bool = False
+    counted: float = 0.0
+    """Monotonic seconds at which it was counted."""
+    kind = Kind.UPDATE
 
     @property
     def latency(self) -> float:
@@ -50,6 +54,18 @@ class AcceptedUpdate:
             folded=self.folded,
             latency=self.latency,
         )
+
+
+@dataclass(slots=True, eq=False)
+class RemotePartial:
+    """The partial aggregate of another node, which the top folds like an update."""
+
+    source: str
+    """Incarnation of that node."""
+    slot: int
+    generation: int
+    aggregator: int
+    kind = Kind.PARTIAL
 
 
 @dataclass
@@ -82,8 +98,14 @@ class Round:
     """Monotonic seconds."""
     status: Literal["open", "closing", "complete"] = "open"
     updates: dict[str, AcceptedUpdate] = field(default_factory=dict)
-    in_slot: dict[int, AcceptedUpdate] = field(default_factory=dict)
-    """Accepted updates that are not folded yet, by slot reference."""
+    in_slot: dict[int, AcceptedUpdate | RemotePartial] = field(default_factory=dict)
+    """What is not folded yet, by slot reference: accepted updates, and partial aggregates of other nodes."""
+    remote: set[str] = field(default_factory=set)
+    """Incarnations whose partial aggregates are here, folded or not."""
+    awaited: frozenset[str] = frozenset()
+    """Incarnations whose partial aggregates belong to the round, if this node is its top."""
+    uplink: int = 0
+    """Endpoint of the gateway that takes this node's partial aggregate to the top; 0 on the top itself."""
     log: list[AcceptedUpdate] = field(default_factory=list)
     """Every update that was accepted, in this order, also those that were rejected later."""
     latencies: list[float] = field(default_factory=list)
@@ -97,6 +119,8 @@ class Round:
     act: float = 0.0
     started: int = 0
     reused: int = 0
+    cold: int = 0
+    """Workers for which an update already waited when they joined."""
     closed_once: bool = False
     """Leaves may have sent their partial aggregates already."""
 
@@ -134,12 +158,12 @@ class Round:
         return "open"
 
     def accept(
-        self, client: str, slot: int, generation: int, num_samples: float, started: float
+        self, client: str, slot: int, generation: int, num_samples: float, started: float, now: float = 0.0
     ) -> AcceptedUpdate:
         """Count an update that `admit` found open, and choose its aggregator: the one with the least to do."""
         candidates = [self.top] if self.closed_once else self.aggregators
         chosen = min(candidates, key=lambda place: (place.pending, place.updates, -place.index))
-        update = AcceptedUpdate(client, slot, generation, num_samples, chosen.index, started)
+        update = AcceptedUpdate(client, slot, generation, num_samples, chosen.index, started, counted=now)
         self.updates[client] = update
         self.log.append(update)
         self.in_slot[slot] = update
@@ -148,37 +172,47 @@ class Round:
             self.first_started = started
         return update
 
-    def mark_folded(self, slot: int, generation: int, now: float) -> AcceptedUpdate | None:
-        """Note that an update is part of a sealed accumulator; None when it is no open one (a repeat)."""
-        update = self._take(slot, generation)
-        if update is not None:
-            update.folded = now
-            self.latencies.append(update.latency)
-            place = self.aggregators[update.aggregator]
+    def accept_partial(self, source: str, slot: int, generation: int) -> RemotePartial:
+        """Take in the partial aggregate of another node, which the top folds."""
+        partial = RemotePartial(source, slot, generation, self.top.index)
+        self.in_slot[slot] = partial
+        self.remote.add(source)
+        return partial
+
+    def mark_folded(self, slot: int, generation: int, now: float) -> AcceptedUpdate | RemotePartial | None:
+        """Note that an input is part of a sealed accumulator; None when it is no open one (a repeat)."""
+        taken = self._take(slot, generation)
+        if taken is None:
+            return None
+        place = self.aggregators[taken.aggregator]
+        place.deaths = 0
+        if isinstance(taken, AcceptedUpdate):
+            taken.folded = now
+            self.latencies.append(taken.latency)
             place.folded += 1
-            place.deaths = 0
-        return update
+        return taken
 
     def mark_rejected(self, slot: int, generation: int) -> AcceptedUpdate | None:
         """Take an update out of the count because it is not finite; None when it is no open one."""
-        update = self._take(slot, generation)
-        if update is not None:
-            self.aggregators[update.aggregator].updates -= 1
-            del self.updates[update.client]
-            update.rejected = True
-            self.rejected_clients.append(update.client)
-            self.status = "open"
+        update = self.in_slot.get(slot)
+        if not isinstance(update, AcceptedUpdate) or self._take(slot, generation) is None:
+            return None
+        self.aggregators[update.aggregator].updates -= 1
+        del self.updates[update.client]
+        update.rejected = True
+        self.rejected_clients.append(update.client)
+        self.status = "open"
         return update
 
-    def _take(self, slot: int, generation: int) -> AcceptedUpdate | None:
-        update = self.in_slot.get(slot)
-        if update is None or update.generation != generation:
+    def _take(self, slot: int, generation: int) -> AcceptedUpdate | RemotePartial | None:
+        found = self.in_slot.get(slot)
+        if found is None or found.generation != generation:
             return None
         return self.in_slot.pop(slot)
 
-    def unfolded_of(self, aggregator: int) -> list[AcceptedUpdate]:
-        """The updates that a new worker in this place must be given."""
-        return [update for update in self.in_slot.values() if update.aggregator == aggregator]
+    def unfolded_of(self, aggregator: int) -> list[AcceptedUpdate | RemotePartial]:
+        """The inputs that a new worker in this place must be given."""
+        return [found for found in self.in_slot.values() if found.aggregator == aggregator]
 
     def deadline(self) -> float | None:
         """Monotonic time at which the quorum starts to suffice; None when there is no deadline."""
@@ -206,8 +240,10 @@ class Round:
         return place.updates + self.expected_partials(place)
 
     def expected_partials(self, place: Aggregator) -> int:
-        """How many of these are partial aggregates."""
-        return sum(self.sends_partial(other) for other in self.aggregators) if place is self.top else 0
+        """How many of these are partial aggregates, of this node's leaves and of other nodes."""
+        if place is not self.top:
+            return 0
+        return sum(map(self.sends_partial, self.aggregators)) + len(self.awaited | self.remote)
 
     def complete(self, now: float) -> None:
         """The global model is there."""
@@ -234,6 +270,7 @@ class Round:
             latency_median=_quantile(self.latencies, 0.5),
             latency_p95=_quantile(self.latencies, 0.95),
             latency_max=_quantile(self.latencies, 1.0),
+            cold=self.cold,
         )
 
 

@@ -7,11 +7,11 @@ import time
 from functools import partial
 
 from lifl.control.context import Context
-from lifl.control.hierarchy import plan_hierarchy
+from lifl.control.hierarchy import Hierarchy, plan_hierarchy
 from lifl.control.job import Job, WorkerRecord
 from lifl.control.job_memory import JobMemory, Outcome
 from lifl.control.model_keeper import ModelKeeper
-from lifl.control.round import Round
+from lifl.control.round import AcceptedUpdate, Round
 from lifl.control.workforce import Workforce
 from lifl.descriptor import Descriptor, Kind
 from lifl.messages import Problem
@@ -46,15 +46,24 @@ class Rounds:
     def _open(self, job: Job, number: int) -> None:
         pending = job.pending_estimate.observe(job.last.accepted if job.last else job.spec.goal)
         plan = plan_hierarchy(pending, job.spec.updates_per_leaf, job.places, gather=job.gather)
+        self.open_planned(job, number, plan)
+
+    def open_planned(self, job: Job, number: int, plan: Hierarchy) -> None:
+        """Open a round with this tree."""
         job.round = Round(number, job.spec, plan, time.monotonic())
         self._workforce.begin_round(job)
 
     # --- closing -------------------------------------------------------------------------------------------
 
     def close_if_possible(self, job: Job) -> None:
-        """Close the open round if it has its goal, or its quorum after the deadline."""
+        """Close the open round if it has its goal, or its quorum after the deadline.
+
+        In a cluster the coordinator decides that.
+        """
         assert job.round is not None
-        if job.round.try_close(time.monotonic()):
+        if self._context.member is not None and job.member is not None:
+            self._context.member.finish_if_ordered(job)
+        elif job.round.try_close(time.monotonic()):
             self._workforce.close_round(job)
 
     def process_descriptors(self) -> None:
@@ -82,13 +91,18 @@ class Rounds:
             if 0 <= place < len(round_.aggregators):
                 round_.aggregators[place].delivered = True
         else:
-            self._account_folded(job, round_, message.slot, message.generation)
+            self.account_folded(job, round_, message.slot, message.generation)
 
-    def _account_folded(self, job: Job, round_: Round, slot: int, generation: int) -> None:
-        update = round_.mark_folded(slot, generation, time.monotonic())
-        if update is not None:
-            job.latencies.observe(update.latency)
-            self._context.release(slot, generation, round_.number)
+    def account_folded(self, job: Job, round_: Round, slot: int, generation: int) -> None:
+        """Note that an input is part of the sums for good, and have its slot released."""
+        taken = round_.mark_folded(slot, generation, time.monotonic())
+        if taken is None:
+            return
+        if isinstance(taken, AcceptedUpdate):
+            job.latencies.observe(taken.latency)
+            if taken.counted:
+                self._context.execution.observe(taken.folded - taken.counted)
+        self._context.release(slot, generation, round_.number)
 
     def _on_rejected(self, job: Job, round_: Round, message: Descriptor) -> None:
         update = round_.mark_rejected(message.slot, message.generation)
@@ -96,6 +110,8 @@ class Rounds:
             return
         log.warning("job %s round %d: update of %s is not finite", job.spec.name, round_.number, update.client)
         self._context.release(message.slot, message.generation, round_.number)
+        if self._context.member is not None and job.member is not None:
+            self._context.member.update_rejected(job, round_, update.client)
         # After the deadline the quorum may be reached without this update.
         self.close_if_possible(job)
         self._context.publish(job)
@@ -104,15 +120,18 @@ class Rounds:
         expected = job.model_slot_reference(round_.number + 1)
         if round_.status != "closing" or record.place != round_.top.index or message.slot != expected:
             return
+        rest = list(round_.in_slot.values())
         if message.generation:
-            # Updates that no seal names stay in their slots until there is a model: nothing is lost before.
-            rest = list(round_.in_slot.values())
-            if any(update.aggregator != record.place for update in rest):
+            if any(item.aggregator != record.place for item in rest):
                 return
-            for update in rest:
-                self._account_folded(job, round_, update.slot, update.generation)
         elif round_.folded != round_.accepted:
             return
+        if self._context.member is not None and job.member is not None:
+            self._context.member.model_made(job, round_)
+            return
+        # Updates that no seal names stay in their slots until there is a model: nothing is lost before.
+        for item in rest:
+            self.account_folded(job, round_, item.slot, item.generation)
         round_.complete(time.monotonic())
         self._models.keep(job, round_, partial(self._offer, job, round_))
 

@@ -90,6 +90,8 @@ class Workforce:
     def zygote_joined(self, event: Joined) -> None:
         """Go on with what waited for the function."""
         self._zygotes[event.function] = Zygote(event.endpoint, event.failure, event.gather, event.state_arrays)
+        if self._context.member is not None:
+            self._context.member.function_ready(event.function, self._zygotes[event.function])
         for continuation in self._awaiting.pop(event.function, []):
             continuation()
         for job in self._context.jobs.values():
@@ -125,7 +127,8 @@ class Workforce:
             self._context.agent.start_workers(specs, partial(self._start_requested, job, specs))
 
     def _issue_ticket(self, job: Job, place: int) -> WorkerSpec:
-        record = WorkerRecord(secrets.token_hex(16), place)
+        assert job.round is not None
+        record = WorkerRecord(secrets.token_hex(16), place, round_started=job.round.number)
         job.workers[place] = record
         self._tickets[record.ticket] = (job, record)
         return WorkerSpec(
@@ -192,10 +195,22 @@ class Workforce:
             route = ((record.endpoint, top.endpoint),)
             self._context.agent.allow(route, partial(self._leaf_routed, job, record, round_, top.endpoint))
             return
-        self._hand_over(job, record, self._context.endpoint.identifier)
+        if round_.uplink:
+            route = ((record.endpoint, round_.uplink),)
+            self._context.agent.allow(route, partial(self._top_routed, job, record, round_, round_.uplink))
+        else:
+            self._hand_over(job, record, self._context.endpoint.identifier)
         for leaf in job.workers.values():
             if leaf.endpoint and leaf is not record:
                 self._assign(job, leaf)
+
+    def _top_routed(
+        self, job: Job, record: WorkerRecord, round_: Round, uplink: int, done: Done, fds: list[int]
+    ) -> None:
+        close_fds(fds)
+        is_current = job.workers.get(record.place) is record and round_.uplink == uplink
+        if is_current and job.round is round_ and round_.status != "complete":
+            self._hand_over(job, record, uplink)
 
     def _leaf_routed(
         self, job: Job, record: WorkerRecord, round_: Round, parent: int, done: Done, fds: list[int]
@@ -211,10 +226,14 @@ class Workforce:
         round_ = job.round
         assert round_ is not None
         record.assigned = True
+        unfolded = round_.unfolded_of(record.place)
+        if unfolded and record.round_started == round_.number:
+            round_.cold += 1
+        record.round_started = 0
         send = self._context.send
         send(record.endpoint, parent, round_.number, Kind.ASSIGN, round_.number >> 16)
-        for update in round_.unfolded_of(record.place):
-            send(record.endpoint, update.slot, round_.number, Kind.UPDATE, update.generation)
+        for item in unfolded:
+            send(record.endpoint, item.slot, round_.number, item.kind, item.generation)
         if round_.status == "closing":
             self.send_close(job, round_.aggregators[record.place])
 
@@ -224,10 +243,10 @@ class Workforce:
             round_ = job.round
             if round_ is None or job.status != "running":
                 continue
-            for update in list(round_.in_slot.values()):
-                record = job.workers.get(update.aggregator)
-                if record is not None and record.assigned and self._context.seat_of(update.slot) == seat:
-                    self._context.send(record.endpoint, update.slot, round_.number, Kind.UPDATE, update.generation)
+            for item in list(round_.in_slot.values()):
+                record = job.workers.get(item.aggregator)
+                if record is not None and record.assigned and self._context.seat_of(item.slot) == seat:
+                    self._context.send(record.endpoint, item.slot, round_.number, item.kind, item.generation)
 
     def close_round(self, job: Job) -> None:
         """Have every place finish with the inputs that it has."""
@@ -235,6 +254,13 @@ class Workforce:
         self.start_missing(job)
         for place in job.round.aggregators:
             self.send_close(job, place)
+
+    def assign_top(self, job: Job) -> None:
+        """Tell the top of the node's tree its parent anew: the coordinator, or the gateway that its sums go to."""
+        assert job.round is not None
+        record = job.workers.get(job.round.top.index)
+        if record is not None and record.endpoint:
+            self._assign(job, record)
 
     def send_close(self, job: Job, place: Aggregator) -> None:
         """Tell the worker of a place how many inputs there are, if it can make use of that now.
@@ -246,7 +272,7 @@ class Workforce:
         record = job.workers.get(place.index)
         if record is None or not record.assigned or place.delivered:
             return
-        if place is round_.top and job.is_lent(round_.number + 1):
+        if place is round_.top and not round_.uplink and job.is_lent(round_.number + 1):
             return  # somebody still reads what the new model would overwrite; sent when it is given back
         if place is round_.top or place.updates:
             expected = round_.expected_inputs(place)

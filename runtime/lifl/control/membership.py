@@ -1,0 +1,46 @@
+"""What a member of a cluster knows of one job beyond its own part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lifl.cluster.messages import JobOrder
+from lifl.messages import Problem
+
+Prepared = Callable[[Problem | None], None]
+"""Called when the open round can be worked on here, or with what stands against it."""
+
+
+@dataclass
+class Membership:
+    """One job of a cluster on one of its nodes; `lifl.control.member` changes it."""
+
+    order: JobOrder
+    """How things shall be, as the coordinator last said."""
+    held_round: int = 0
+    """The round whose starting model is in this node's memory; 0 for none."""
+    held_state_round: int = 0
+    """The same for the server optimiser's arrays."""
+    is_fetching: bool = False
+    """A model is on its way into memory, or the memory is being made."""
+    is_offering: bool = False
+    """The coordinator was told that the round's model is made, and has not answered."""
+    applied: tuple[object, ...] = ()
+    """What the aggregators were last told of the round's end."""
+    waiting: list[Prepared] = field(default_factory=list)
+    """Who waits for the open round to be ready here."""
+    counting: dict[int, int] = field(default_factory=dict)
+    """Updates that the coordinator was asked to count: generation by slot reference."""
+    received_bytes: int = 0
+    """From other nodes, for the open round."""
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether this node is to finish its part of the open round."""
+        return self.order.phase == "closing" and bool(self.order.role)
+
+    @property
+    def is_top(self) -> bool:
+        """Whether this node finishes the round for all."""
+        return self.order.role == "top"
