@@ -7,6 +7,9 @@
             client.submit(tensors, num_samples=samples, round=model.round)
             model = client.wait_for_round(after=model.round)
 
+In a cluster any gateway will do, and several may be named: when one is gone the next is asked. A gateway sends an
+update on to the node that folds it (307), and the client stays with that one as long as it answers.
+
 One connection is kept open. It is spoken to on the socket itself, with only the answers parsed by `http.client`:
 a gateway that is full, or that has the update already, answers before the body and closes, and
 `http.client.HTTPConnection` would lose that answer to the broken pipe it meets while sending.
@@ -25,7 +28,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.client import HTTPException, HTTPResponse
@@ -55,6 +58,8 @@ _SEND_BYTES: Final = 16 << 20  # the timeout counts anew for each piece of this 
 _MAX_HEAD_BYTES: Final = 64 << 10
 _MAX_UNSIZED_BYTES: Final = 16 << 20
 _MAX_BACKOFF_SECONDS: Final = 60.0
+_CONNECT_SECONDS: Final = 10.0
+_MOST_MOVES: Final = 5
 # CloudEvents HTTP 3.1.3.2: printable ASCII but space, quote and percent stands for itself.
 _SAFE: Final = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '"%')
 
@@ -112,6 +117,10 @@ class GlobalModel:
         return split(self.data)
 
 
+class _Cut(Exception):
+    """While this client waited its gateway was lost: what it had sent may have to be sent again first."""
+
+
 class _Sent(NamedTuple):
     """The last update that was submitted, as long as its buffer holds it."""
 
@@ -131,7 +140,7 @@ class Client:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         job: str,
         client_id: str,
         *,
@@ -139,15 +148,28 @@ class Client:
         timeout: float = 60.0,
         retries: int = 5,
     ) -> None:
-        """`url` is the gateway's, such as http://127.0.0.1:8080. Raises InvalidInput for a URL of another form."""
+        """`url` is the gateway's, such as http://127.0.0.1:8080, or those of several gateways of a cluster.
+
+        Raises InvalidInput for a URL of another form.
+        """
         if not client_id:
             raise InvalidInput("a client needs an id, so that its updates can be told from others'")
         self.job = job
         self.client_id = client_id
         self._retries = retries
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._connection = _Connection(url, timeout)
-        self._base = f"{self._connection.prefix}/v1/jobs/{quote(job, safe='')}"
+        self._timeout = timeout
+        self._gateways = [url] if isinstance(url, str) else list(url)
+        if not self._gateways:
+            raise InvalidInput("name a gateway, such as http://127.0.0.1:8080")
+        self._home = 0
+        """Which of these is asked."""
+        self._was_moved = False
+        """A gateway has sent this client to another one."""
+        self._was_cut = False
+        """A gateway was gone since the last update was sent, perhaps with that update."""
+        self._connection = _Connection(self._gateways[0], timeout)
+        self._base = f"/v1/jobs/{quote(job, safe='')}"
         self._encoder: Encoder | None = None
         self._sent: _Sent | None = None
         self._newest: tuple[int, str] = (0, "")  # round and etag of the newest model seen
@@ -201,6 +223,7 @@ class Client:
         if delta:
             headers["ce-kind"] = "delta"
         body = self._encode(update)
+        self._was_cut = False
         # A buffer of the caller's that may be written to is the caller's: it may hold something else later.
         is_ours = isinstance(update, Mapping | bytes)
         self._sent = _Sent(round, headers, body) if is_ours else None
@@ -241,10 +264,16 @@ class Client:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             wait = max(0.0, min(LONG_POLL_SECONDS, deadline - time.monotonic()))
+            if self._was_cut:
+                self._was_cut = False
+                self._send_again(after)
             # Without the tag of that round's model the answer is the newest model at once, and its tag.
             newest, etag = self._newest
             headers = {"If-None-Match": etag} if etag and newest <= after else {}
-            answer = self._call("GET", f"{self._base}/model?wait={wait:.3g}", headers, wait=wait)
+            try:
+                answer = self._call("GET", f"{self._base}/model?wait={wait:.3g}", headers, wait=wait)
+            except _Cut:
+                continue
             if answer.status != 304:
                 model = self._model(answer)
                 if model.round > after:
@@ -267,8 +296,7 @@ class Client:
         Raises Refused 409 if the name belongs to a job with another specification.
         """
         body = json.dumps({"name": self.job, **spec}).encode()
-        path = f"{self._connection.prefix}/v1/jobs"
-        return self._call("POST", path, {"Content-Type": "application/json"}, body).json()
+        return self._call("POST", "/v1/jobs", {"Content-Type": "application/json"}, body).json()
 
     def upload_model(self, model: Mapping[str, Tensor] | Buffer) -> dict[str, Any]:
         """Give the job its initial model, which fixes the layout and opens round 1. Returns the job's state."""
@@ -315,12 +343,50 @@ class Client:
         view = None if body is None else memoryview(cast(bytes, body)).cast("B")
 
         def attempt() -> _Answer:
-            answer = self._connection.request(method, path, {**self._headers, **(headers or {})}, view, wait)
+            if wait and self._was_cut:
+                raise _Cut
+            answer = self._request(method, path, {**self._headers, **(headers or {})}, view, wait)
             if answer.status >= 400:
                 raise _refusal(answer)
             return answer
 
         return self._repeat(attempt)
+
+    def _request(
+        self, method: str, path: str, headers: Mapping[str, str], body: memoryview | None, wait: float
+    ) -> _Answer:
+        """Ask the gateway, and whom it names instead."""
+        try:
+            for _ in range(_MOST_MOVES):
+                answer = self._connection.request(method, path, headers, body, wait)
+                if answer.status != 307:
+                    return answer
+                self._move(answer.headers.get("location", ""), path)
+        except Unavailable:
+            self._leave()
+            raise
+        raise Unavailable(f"sent from one gateway to another {_MOST_MOVES} times; is the cluster in order?")
+
+    def _move(self, location: str, path: str) -> None:
+        """Go where a gateway says; a secure connection never becomes an open one."""
+        url = location.removesuffix(path)
+        if url == location or (self._connection.origin.startswith("https:") and not url.startswith("https:")):
+            raise Unavailable(
+                f"{self._connection.origin} sends its clients to {location!r}, which cannot be right"
+            )
+        self._connection.close()
+        self._connection = _Connection(url, self._timeout)
+        self._was_moved = True
+
+    def _leave(self) -> None:
+        """The gateway does not answer: go back to the one that was named, or on to the next."""
+        self._was_cut = True
+        if not self._was_moved:
+            self._home = (self._home + 1) % len(self._gateways)
+        if self._was_moved or len(self._gateways) > 1:
+            self._connection.close()
+            self._connection = _Connection(self._gateways[self._home], self._timeout)
+        self._was_moved = False
 
     def _repeat(self, attempt: Callable[[], _T]) -> _T:
         from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
@@ -444,6 +510,7 @@ class _Connection:
 
         Raises Unavailable when nobody answers; then the connection is closed.
         """
+        path = self.prefix + path
         try:
             # A connection that the gateway closed while it was idle is no failure; that is seen before sending.
             if self._socket is not None and _readable(self._socket, 0.0):
@@ -458,7 +525,8 @@ class _Connection:
             raise
 
     def _open(self) -> socket.socket:
-        sock = socket.create_connection((self._host, self._port), self._timeout)
+        sock = socket.create_connection((self._host, self._port), min(self._timeout, _CONNECT_SECONDS))
+        sock.settimeout(self._timeout)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _avoid_bbr_on_loopback(sock)
