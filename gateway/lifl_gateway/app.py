@@ -28,6 +28,8 @@ from lifl.messages import (
     Nodes,
     RoundState,
     RoundUpdates,
+    SelectClient,
+    Selection,
 )
 
 from lifl_gateway import metrics as metrics_module
@@ -40,6 +42,7 @@ from lifl_gateway.model_responses import LONGEST_WAIT_SECONDS, ModelResponses
 from lifl_gateway.model_upload import ModelUpload
 from lifl_gateway.node_link import NodeLink
 from lifl_gateway.openapi import document
+from lifl_gateway.participation import answer_selection, decode_participant
 from lifl_gateway.problems import register_error_answers
 from lifl_gateway.request_body import RequestBody
 from lifl_gateway.tokens import Identity, Tokens
@@ -103,6 +106,7 @@ class _Views:
             ("/v1/jobs/<job>/updates", "POST", self.post_update),
             ("/v1/jobs/<job>/rounds/<number>", "GET", self.describe_round),
             ("/v1/jobs/<job>/rounds/<number>/updates", "GET", self.list_updates),
+            ("/v1/jobs/<job>/rounds/<number>/participants", "POST", self.take_part),
             ("/v1/nodes", "GET", self.list_nodes),
             ("/healthz", "GET", self.healthz),
             ("/readyz", "GET", self.readyz),
@@ -120,6 +124,16 @@ class _Views:
         outcome = self._parts.ingest.take_in(self._running(job), request.environ, identity)
         status = 202 if outcome.status == "accepted" else 200
         return _json({"status": outcome.status, "round": outcome.round}, status)
+
+    def take_part(self, job: str, number: str) -> Response:
+        """Select a client for a round."""
+        identity = self._identify()
+        round_number = _round_number(number)
+        participant = decode_participant(_json_body())
+        identity.require_client(participant.client)
+        self._running(job)
+        question = SelectClient(job, round_number, participant.client)
+        return _json(*answer_selection(self._parts.coordinator.ask(question, Selection), round_number))
 
     def get_model(self, job: str) -> Response:
         """Send a global model."""
@@ -156,13 +170,7 @@ class _Views:
     def create_job(self) -> Response:
         """Make a job."""
         self._identify().require_operator()
-        _require_length()
-        if request.mimetype != _JSON:
-            raise Refused(415, "Unsupported Media Type", f"send the job as {_JSON}")
-        body = _body()
-        if body.remaining > _MOST_JSON_BYTES:
-            raise Refused(413, "Content Too Large", f"at most {_MOST_JSON_BYTES} bytes of JSON")
-        spec = decode_job_spec(body.read())
+        spec = decode_job_spec(_json_body())
         state = self._parts.coordinator.ask(CreateJob(spec), JobState)
         return _json(_shown(state), 201, {"Location": f"/v1/jobs/{spec.name}"})
 
@@ -268,6 +276,16 @@ def _body() -> RequestBody:
 def _require_length() -> None:
     if not request.environ.get("CONTENT_LENGTH"):
         raise Refused(411, "Length Required", "send Content-Length")
+
+
+def _json_body() -> bytes:
+    _require_length()
+    if request.mimetype != _JSON:
+        raise Refused(415, "Unsupported Media Type", f"send {_JSON}")
+    body = _body()
+    if body.remaining > _MOST_JSON_BYTES:
+        raise Refused(413, "Content Too Large", f"at most {_MOST_JSON_BYTES} bytes of JSON")
+    return body.read()
 
 
 def _check_parameters(*known: str) -> None:

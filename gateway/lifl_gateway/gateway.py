@@ -21,6 +21,7 @@ from lifl_gateway.metrics import Metrics
 from lifl_gateway.model_responses import ModelResponses
 from lifl_gateway.model_upload import ModelUpload
 from lifl_gateway.node_link import NodeLink
+from lifl_gateway.peer_exchange import PeerExchange, PeerOptions
 from lifl_gateway.server import GatewayServer, Limits
 from lifl_gateway.tokens import Tokens
 
@@ -46,13 +47,15 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     most_model_bytes: int = 64 << 30
     tokens: Tokens = field(default_factory=Tokens)
+    peers: PeerOptions = field(default_factory=PeerOptions)
 
 
 class Gateway:
     """Runs a gateway. Constructing it binds the port; raises OSError when that cannot be."""
 
     def __init__(self, options: Options, join: Callable[[], AgentConnection]) -> None:
-        """`join` joins the agent once as this seat's gateway, or raises a LiflError."""
+        """`join` joins the agent once as this seat's gateway and keeps the pools' file descriptors, or raises a
+        LiflError."""
         socket_path = str(options.runtime_directory / "coordinator.sock")
         self._socket_path = socket_path
         self._coordinator = CoordinatorClient(socket_path)
@@ -79,6 +82,7 @@ class Gateway:
             limits=options.limits,
             share_port=options.seats > 1,
         )
+        self.peers = PeerExchange(self._coordinator, self._board, self.link, options.peers)
         self._ended = threading.Event()
         self._subscription: Subscription | None = None
         self._threads = [
@@ -92,6 +96,7 @@ class Gateway:
         """Start the threads that keep the gateway a member of its node."""
         for thread in self._threads:
             thread.start()
+        self.peers.start()
 
     def wait_until_ready(self, seconds: float) -> bool:
         """Wait until updates can be taken; False when that took too long."""
@@ -108,6 +113,7 @@ class Gateway:
         self.server.serve()
         self._board.release()
         self.server.drain(DRAIN_SECONDS)
+        self.peers.stop()
         self._ended.set()
         self.link.stop()
         if self._subscription is not None:

@@ -16,10 +16,10 @@ from typing import Any, Final, Literal, Protocol
 
 import msgspec
 from lifl.errors import Busy, InvalidModel, LiflError, Refused, Unavailable
-from lifl.messages import Abandon, Acknowledged, Admit, Commit, JobState, Verdict
+from lifl.messages import Abandon, Acknowledged, Admit, Commit, JobSpec, JobState, Verdict
 from lifl.slot import UpdateHeader
 
-from lifl_gateway.coordinator_client import CoordinatorClient
+from lifl_gateway.coordinator_client import ANSWER_SECONDS, CoordinatorClient
 from lifl_gateway.event import (
     PAYLOAD_TYPES,
     STRUCTURED_TYPE,
@@ -30,7 +30,7 @@ from lifl_gateway.event import (
 from lifl_gateway.layouts import JobLayout, JobLayouts
 from lifl_gateway.metrics import Metrics
 from lifl_gateway.node_link import NodeLink, UpdatePool, header_room
-from lifl_gateway.problems import Elsewhere, Late
+from lifl_gateway.problems import Elsewhere, Late, untimely
 from lifl_gateway.slots import HeldSlot
 from lifl_gateway.tokens import Identity
 from lifl_gateway.transfer import PeerGone, TooSlow
@@ -40,6 +40,8 @@ LENGTH_BYTES: Final = 8
 
 _SMALLEST_BODY: Final = LENGTH_BYTES + 2
 _COMMIT_SECONDS: Final = 60.0
+# Of an asynchronous job: the answer may have to wait until a buffer is closed.
+_ADMIT_SECONDS: Final = 60.0
 _EVENT_ROOM: Final = 64 * 1024
 # Structured events are held in memory, decoded and not, so only few at a time.
 _STRUCTURED_AT_ONCE: Final = 2
@@ -73,6 +75,7 @@ class Outcome:
 
     status: Literal["accepted", "duplicate"]
     round: int
+    """The round that it counts in; of a duplicate the one that it names."""
 
 
 @dataclass
@@ -166,10 +169,12 @@ class Ingest:
 
     def _admit_and_store(self, event: UpdateEvent, state: JobState, body: Body, started: float) -> Outcome:
         """Asks first whether the update is wanted here: only then must the job's memory be on this node."""
+        _check_kind(event, state.spec)
         gateway = self._link.endpoint_id
-        verdict = self._admit(event, state.job, gateway)
+        seconds = _ADMIT_SECONDS if state.spec.mode == "async" else ANSWER_SECONDS
+        verdict = self._admit(event, state.job, gateway, seconds)
         if verdict.status != "open":
-            return _not_taken(verdict, event)
+            return _not_taken(verdict, event, state.spec)
         upload = _Upload(gateway)
         try:
             place = self._place(state, verdict.updates_pool)
@@ -183,10 +188,10 @@ class Ingest:
         with contextlib.suppress(LiflError):  # a coordinator that is away has forgotten the upload anyway
             self._coordinator.ask(Abandon(job, event.round, event.client, gateway), Acknowledged)
 
-    def _admit(self, event: UpdateEvent, job: str, gateway: int) -> Verdict:
+    def _admit(self, event: UpdateEvent, job: str, gateway: int, seconds: float) -> Verdict:
         """Ask whether the update would be taken."""
         question = Admit(job, event.round, event.client, event.event_id, gateway)
-        return self._coordinator.ask(question, Verdict)
+        return self._coordinator.ask(question, Verdict, seconds)
 
     def _store(self, event: UpdateEvent, place: _Place, body: Body, started: float, upload: _Upload) -> Outcome:
         slot = self._take_slot(place.pool)
@@ -208,8 +213,8 @@ class Ingest:
             raise
         if verdict.status != "accepted":
             place.pool.slots.give_back(slot)
-            return _not_taken(verdict, event)
-        self._send(slot, place.pool, verdict, event)
+            return _not_taken(verdict, event, place.state.spec)
+        self._send(slot, place.pool, verdict)
         self._metrics.received_bytes.inc(filled.received_bytes)
         return Outcome("accepted", verdict.round)
 
@@ -238,10 +243,21 @@ class Ingest:
         )
         return self._coordinator.ask(question, Verdict, _COMMIT_SECONDS)
 
-    def _send(self, slot: HeldSlot, pool: UpdatePool, verdict: Verdict, event: UpdateEvent) -> None:
+    def _send(self, slot: HeldSlot, pool: UpdatePool, verdict: Verdict) -> None:
         if pool.slots.mark_sent(slot) and verdict.destination:
             reference = pool.reference(slot.index)
-            self._link.send_update(verdict.destination, reference, event.round, slot.generation)
+            self._link.send_update(verdict.destination, reference, verdict.round, slot.generation)
+
+
+def _check_kind(event: UpdateEvent, spec: JobSpec) -> None:
+    """Raise Refused 422 for new weights in a job where nobody could tell what of them was learnt."""
+    if spec.mode == "async" and not event.is_delta:
+        raise Refused(
+            422,
+            "Not a difference",
+            f"{spec.name!r} is an asynchronous job, whose model may have moved on since round {event.round}: send "
+            f"your new weights minus the model of round {event.round}, with ce-kind: delta",
+        )
 
 
 def _check_size(nbytes: int, most: int) -> None:
@@ -293,15 +309,25 @@ def _write_header(slot: HeldSlot, place: _Place, event: UpdateEvent, filled: _Fi
     header.pack_into(place.pool.memory.header(slot.index))
 
 
-def _not_taken(verdict: Verdict, event: UpdateEvent) -> Outcome:
-    """A duplicate is a success; raises Late for the others."""
+def _not_taken(verdict: Verdict, event: UpdateEvent, spec: JobSpec) -> Outcome:
+    """A duplicate is a success; raises Late, Elsewhere or another Refused for the others."""
     if verdict.status == "duplicate":
         return Outcome("duplicate", event.round)
     if verdict.status == "elsewhere":
         raise Elsewhere(verdict.address)
+    if verdict.status == "unselected":
+        raise Refused(
+            409, "Not selected", f"enough other clients take part in round {verdict.round}; take part in the next"
+        )
     if verdict.status == "early":
-        raise Late("Early", f"round {event.round} is not open yet; round {verdict.round} is", verdict.round)
-    raise Late("Late", f"round {event.round} is closed; round {verdict.round} comes next", verdict.round)
+        raise untimely("early", event.round, verdict.round)
+    if spec.mode == "async":
+        raise Late("Late", _too_old(event.round, verdict.round, spec.max_staleness), verdict.round)
+    raise untimely("late", event.round, verdict.round)
+
+
+def _too_old(base: int, open_round: int, most: int) -> str:
+    return f"round {open_round} takes differences to models up to {most} rounds old, not to that of round {base}"
 
 
 def _outcome_of(error: LiflError) -> str:

@@ -25,6 +25,9 @@ LIMITS: Final[dict[str, dict[str, Any]]] = {
     "keep_checkpoints": {"minimum": 0, "maximum": 1_000_000_000},
     "idle_seconds": {"minimum": 0.1, "maximum": 86_400},
     "smoothing": {"minimum": 0, "maximum": 1},
+    "max_staleness": {"minimum": 0, "maximum": 10_000},
+    "staleness_exponent": {"minimum": 0, "maximum": 10},
+    "over_selection": {"minimum": 0, "maximum": 10},
 }
 """JSON Schema keywords by field, beyond what the types say."""
 

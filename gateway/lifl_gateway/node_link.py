@@ -12,16 +12,17 @@ import select
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from lifl.agent_client import AgentConnection
 from lifl.control_channel import close_fds
-from lifl.descriptor import Kind
+from lifl.descriptor import Descriptor, Kind
 from lifl.endpoint import Endpoint
 from lifl.errors import LiflError, Unavailable
-from lifl.messages import BusySlots, JobState, PoolAdded, PoolDropped, PoolInfo, Slots
+from lifl.messages import BusySlots, JobState, PoolAdded, PoolDropped, PoolInfo, Slots, endpoint_role
 from lifl.pool import MappedPool
 from lifl.slot import PAGE, UpdateHeader, slot_reference, split_slot_reference
 
@@ -73,6 +74,9 @@ class NodeLink:
         self._busy: dict[int, int] = {}
         """What BusySlots said of slots whose pool was not there yet: generation by slot reference."""
         self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.on_partial: Callable[[int, int], None] = _ignore_partial
+        """Called in this link's thread for each partial aggregate that an aggregator wants sent to another node,
+        with its slot reference and the round modulo 65,536. It must not wait."""
         self._is_stopping = False
         self.is_ready = False
         """The agent is joined and the slots in use are known."""
@@ -80,28 +84,34 @@ class NodeLink:
     # --- for the requests ------------------------------------------------------------------------------------
 
     def update_pool(self, state: JobState) -> UpdatePool:
-        """The job's update slots; raises Unavailable when they are not mapped.
+        """The job's update slots; raises Unavailable when they are not mapped."""
+        return self.update_pool_of(state.job, state.updates_pool)
+
+    def update_pool_of(self, job: str, pool: int) -> UpdatePool:
+        """The update slots of a job in the pool of this number; raises Unavailable when they are not mapped.
 
         A job may be known to be running a moment before the agent has handed over its memory, so this waits a
         little for it.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self.is_ready and self._is_of(self._updates.get(state.updates_pool), state),
+                lambda: self.is_ready and self._is_of(self._updates.get(pool), job),
                 0 if not self.is_ready else _POOL_WAIT_SECONDS,
             )
-            found = self._updates.get(state.updates_pool)
-        if not self.is_ready or found is None or not self._is_of(found, state):
+            found = self._updates.get(pool)
+        if not self.is_ready or found is None or not self._is_of(found, job):
             raise Unavailable("the job's memory is not mapped")
         return found
 
     @staticmethod
-    def _is_of(pool: UpdatePool | None, state: JobState) -> bool:
-        return pool is not None and pool.memory.info.job == state.job
+    def _is_of(pool: UpdatePool | None, job: str) -> bool:
+        return pool is not None and pool.memory.info.job == job
 
     def memory(self, pool: int) -> MappedPool:
-        """The memory of a pool; raises Unavailable when it is not mapped."""
-        found = self._memories.get(pool)
+        """The memory of a pool; raises Unavailable when it is not mapped. Waits as `update_pool` does."""
+        with self._changed:
+            self._changed.wait_for(lambda: pool in self._memories, 0 if not self.is_ready else _POOL_WAIT_SECONDS)
+            found = self._memories.get(pool)
         if found is None:
             raise Unavailable(f"pool {pool} is not mapped")
         return found
@@ -116,9 +126,16 @@ class NodeLink:
 
         What cannot be sent is not lost: the coordinator knows the slot and gives it to the next aggregator.
         """
+        self._send(destination, slot, round_number, Kind.UPDATE, generation)
+
+    def send_partial(self, destination: int, slot: int, round_number: int, generation: int) -> None:
+        """Send a PARTIAL descriptor for a partial aggregate that lies in an update slot; see `send_update`."""
+        self._send(destination, slot, round_number, Kind.PARTIAL, generation)
+
+    def _send(self, destination: int, slot: int, round_number: int, kind: Kind, generation: int) -> None:
         with self._send_lock, contextlib.suppress(Unavailable):
             if self._endpoint is not None:
-                self._endpoint.send(destination, slot, round_number, Kind.UPDATE, generation)
+                self._endpoint.send(destination, slot, round_number, kind, generation)
 
     @property
     def endpoint_id(self) -> int:
@@ -240,7 +257,7 @@ class NodeLink:
     def _read_agent(self, connection: AgentConnection) -> None:
         message, fds = connection.channel.receive()
         if isinstance(message, PoolAdded) and len(fds) == 1:
-            self._add(MappedPool(message.info, fds[0]))
+            self._add(MappedPool(message.info, fds[0], keep_fd=True))
             return
         close_fds(fds)
         if isinstance(message, PoolDropped):
@@ -248,16 +265,27 @@ class NodeLink:
 
     def _read_descriptors(self, endpoint: Endpoint) -> None:
         for message in endpoint.receive():
-            if message.kind != Kind.RELEASE:
-                continue
-            pool, index = split_slot_reference(message.slot)
-            found = self._updates.get(pool)
-            if found is not None:
-                found.slots.release(index, message.generation)
-            else:
-                self._busy.pop(message.slot, None)
+            if message.kind == Kind.RELEASE:
+                self._release(message)
+            elif message.kind == Kind.PARTIAL and endpoint_role(message.source) == "worker":
+                self._announce_partial(message)
         if endpoint.closed:
             raise Unavailable("the data plane hung up")
+
+    def _release(self, message: Descriptor) -> None:
+        pool, index = split_slot_reference(message.slot)
+        found = self._updates.get(pool)
+        if found is not None:
+            found.slots.release(index, message.generation)
+        else:
+            self._busy.pop(message.slot, None)
+
+    def _announce_partial(self, message: Descriptor) -> None:
+        """Believe only what can be a partial aggregate; whose it is, the coordinator knows."""
+        pool, index = split_slot_reference(message.slot)
+        memory = self._memories.get(pool)
+        if memory is not None and memory.info.kind == "aggregates" and index < memory.info.slots:
+            self.on_partial(message.slot, message.round)
 
     # --- pools -----------------------------------------------------------------------------------------------
 
@@ -269,6 +297,9 @@ class NodeLink:
                 memory.close()  # the same memory: what is known of its slots still holds
                 return
             self._memories[info.pool] = memory
+            if memory.fd >= 0:
+                # Whoever sends from it holds `memory`, so the number cannot come to mean another file meanwhile.
+                weakref.finalize(memory, os.close, memory.fd)
             if info.kind == "updates":
                 self._updates[info.pool] = UpdatePool(memory, self._seat_slots(info, memory))
             self._changed.notify_all()
@@ -287,6 +318,10 @@ class NodeLink:
         with self._changed:
             self._memories.pop(pool, None)
             self._updates.pop(pool, None)
+
+
+def _ignore_partial(_slot: int, _round_number: int) -> None:
+    """Nobody sends partial aggregates to other nodes."""
 
 
 def _by_place(references: dict[int, int]) -> dict[tuple[int, int], int]:

@@ -9,6 +9,7 @@ from lifl.messages import JobSpec, JobState, NodeState, RoundState, RoundUpdates
 
 from lifl_gateway.event import EVENT_TYPE, MAX_ROUND, MAX_SAMPLES, STRUCTURED_TYPE
 from lifl_gateway.job_spec import JOB_NAME, LIMITS
+from lifl_gateway.participation import Participant
 
 _PROBLEM_TITLES: Final = {
     400: "The request is malformed",
@@ -47,7 +48,7 @@ def document() -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    types = (JobSpec, JobState, RoundState, RoundUpdates, NodeState)
+    types = (JobSpec, JobState, RoundState, RoundUpdates, NodeState, Participant)
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
         for name in _HIDDEN:
@@ -56,6 +57,7 @@ def _schemas() -> dict[str, Any]:
                 schema["required"].remove(name)
     for name, limits in LIMITS.items():
         schemas["JobSpec"]["properties"][name].update(limits)
+    schemas["Participant"]["properties"]["client"] = _CLIENT_ID
     schemas["Problem"] = {
         "type": "object",
         "description": "RFC 9457 problem document.",
@@ -72,6 +74,11 @@ def _schemas() -> dict[str, Any]:
         "type": "object",
         "required": ["status", "round"],
         "properties": {"status": {"enum": ["accepted", "duplicate"]}, "round": {"type": "integer"}},
+    }
+    schemas["Participation"] = {
+        "type": "object",
+        "required": ["status", "round"],
+        "properties": {"status": {"enum": ["selected"]}, "round": {"type": "integer"}},
     }
     return schemas
 
@@ -114,6 +121,7 @@ def _paths() -> dict[str, Any]:
             "get": _operation("describeRound", "Describe a round", 200, _ref("RoundState"), (401, 404)),
         },
         "/v1/jobs/{job}/rounds/{number}/updates": {"parameters": [job, number], "get": _list_updates()},
+        "/v1/jobs/{job}/rounds/{number}/participants": {"parameters": [job, number], "post": _take_part()},
         "/v1/nodes": {
             "get": _operation("listNodes", "List the nodes", 200, _object_of("nodes", _ref("NodeState")), (401,))
         },
@@ -126,6 +134,12 @@ def _paths() -> dict[str, Any]:
     }
 
 
+_CLIENT_ID: Final[dict[str, Any]] = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 256,
+    "pattern": r"^[a-zA-Z0-9._/:-]+$",
+}
 _STATUS: Final[dict[str, Any]] = {
     "type": "object",
     "required": ["status"],
@@ -173,17 +187,39 @@ def _post_update() -> dict[str, Any]:
         body=_binary_body("application/vnd.safetensors", "application/octet-stream", STRUCTURED_TYPE),
     )
     operation["responses"]["200"] = _response("The round has an update of this client already", _ref("Outcome"))
-    text = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[a-zA-Z0-9._/:-]+$"}
     # Required in binary mode only; a structured event has them in its body.
     operation["parameters"] = [
         _header("ce-specversion", {"const": "1.0"}),
         _header("ce-type", {"const": EVENT_TYPE}),
-        _header("ce-id", text),
-        _header("ce-source", text, "The client's id, percent-encoded UTF-8"),
-        _header("ce-round", {"type": "integer", "minimum": 1, "maximum": MAX_ROUND}),
+        _header("ce-id", _CLIENT_ID),
+        _header("ce-source", _CLIENT_ID, "The client's id, percent-encoded UTF-8"),
+        _header(
+            "ce-round",
+            {"type": "integer", "minimum": 1, "maximum": MAX_ROUND},
+            "The round whose model it was trained from: the open one, or in an asynchronous job an earlier one",
+        ),
         _header("ce-numsamples", {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SAMPLES}, "The weight"),
-        _header("ce-kind", {"enum": ["weights", "delta"]}, "New weights, or their difference to the model"),
+        _header(
+            "ce-kind",
+            {"enum": ["weights", "delta"]},
+            "New weights, or their difference to the model; an asynchronous job takes differences only",
+        ),
     ]
+    return operation
+
+
+def _take_part() -> dict[str, Any]:
+    operation = _operation(
+        "takePart",
+        "Ask for a place in a round, before training; needed where the job selects clients (over_selection)",
+        201,
+        _ref("Participation"),
+        (400, 401, 403, 404, 408, 409, 411, 413, 415, 422),
+        body=_json_body(_ref("Participant")),
+    )
+    operation["responses"]["200"] = _response(
+        "The client was selected before, or the job lets everyone take part", _ref("Participation")
+    )
     return operation
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from flask import Flask, Response, request
@@ -24,6 +24,13 @@ class Late(Refused):
     def __init__(self, title: str, detail: str, open_round: int) -> None:
         super().__init__(409, title, detail)
         self.round = open_round
+
+
+def untimely(status: Literal["late", "early"], round_number: int, open_round: int) -> Late:
+    """The error for something about a round that is not the open one."""
+    if status == "early":
+        return Late("Early", f"round {round_number} is not open yet; round {open_round} is", open_round)
+    return Late("Late", f"round {round_number} is closed; round {open_round} comes next", open_round)
 
 
 class Elsewhere(Refused):

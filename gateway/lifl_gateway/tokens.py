@@ -32,7 +32,7 @@ class Identity(NamedTuple):
     def require_client(self, client: str) -> None:
         """Raise Refused 403 unless this may act for `client`."""
         if not self.is_operator and self.client != client:
-            raise Refused(403, "Forbidden", "ce-source is not the client that the token belongs to")
+            raise Refused(403, "Forbidden", "the token belongs to another client")
 
 
 ANYONE: Final = Identity("", True)
