@@ -2,14 +2,14 @@
 
 Each is a child process that prints one JSON line when it is ready. The supervisor waits for deaths through
 pidfds, so it uses no CPU while nothing happens. If the coordinator dies all others are started anew: it goes on
-from the
-journal, and the open round starts again.
+from the journal, and the open round starts again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import ipaddress
 import json
 import os
 import selectors
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 from lifl.errors import InvalidInput, Unavailable
 
@@ -52,6 +53,19 @@ class NodeOptions:
     access_log: bool = False
     start: Literal["fork", "spawn"] = "fork"
     """How workers come to be: forked from a zygote that has loaded the function, or each a fresh interpreter."""
+    join: str = ""
+    """Base URL of the coordinator of the cluster to join; empty: the node is alone. The rest is for members."""
+    name: str = ""
+    advertise: str = ""
+    """Base URL that others reach the gateways by; empty: where they listen."""
+    peer_address: str = ""
+    """HOST:PORT to listen on for other nodes; empty: the same host, any free port."""
+    member_token_file: Path | None = None
+    peer_certificate: Path | None = None
+    peer_key: Path | None = None
+    peer_authority: Path | None = None
+    capacity: float = 0.0
+    """MC: updates that it can aggregate at once; 0: what was measured, else a guess (`lifl.calibration`)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,8 @@ class NodeReady:
     """Why this data plane was chosen; empty when eBPF was."""
     huge_pages: bool
     processes: dict[str, int]
+    peer_address: str = ""
+    """Where other nodes of the cluster reach this one; empty for a node on its own."""
 
 
 @dataclass
@@ -130,6 +146,7 @@ class Node:
             reason=agent.get("reason", ""),
             huge_pages=bool(agent.get("huge_pages")),
             processes=self.processes(),
+            peer_address=self._peer_address() if self.options.join else "",
         )
 
     def processes(self) -> dict[str, int]:
@@ -211,6 +228,7 @@ class Node:
     def _start_all(self) -> None:
         options, runtime = self.options, str(self._runtime_directory)
         state = str(options.state_directory)
+        self._member_file.unlink(missing_ok=True)  # of gateways that are no more
         agent = self._launch(
             "agent",
             ["-m", "lifl_gateway.agent", "--runtime-directory", runtime, "--data-plane", options.data_plane],
@@ -221,6 +239,7 @@ class Node:
                 *("-m", "lifl.control.coordinator", "--runtime-directory", runtime),
                 *("--state-directory", state, "--gateways", str(options.gateways)),
                 *("--functions", ",".join(options.functions)),
+                *self._membership(),
             ],
         )
         if options.default_function:
@@ -234,6 +253,8 @@ class Node:
             # With port 0 the first gateway chooses and the others share.
             port = int(gateway.ready["address"].rsplit(":", 1)[1])
             gateway.arguments[gateway.arguments.index("--port") + 1] = str(port)
+            if options.join and seat == 0:
+                self._keep_peer_port(gateway)
         description = {"address": self._children["gateway-0"].ready["address"], "pid": os.getpid()}
         (options.state_directory / "run" / "node.json").write_text(json.dumps(description))
 
@@ -250,7 +271,57 @@ class Node:
             arguments.append("--allow-anonymous")
         if options.access_log:
             arguments.append("--access-log")
+        if options.join:
+            arguments += _flags(**self._trust())
+        if options.join and seat == 0:  # one is heard by other nodes; all may send to them
+            options.peer_address = options.peer_address or _host_port(options.host, 0)
+            arguments += _flags(peer_address=options.peer_address)
         return self._launch(f"gateway-{seat}", arguments)
+
+    # --- membership of a cluster -----------------------------------------------------------------------------
+
+    def _membership(self) -> list[str]:
+        """What the coordinator process of a member has to know; nothing for a node on its own."""
+        options = self.options
+        if not options.join:
+            return []
+        named = {"name": options.name, "advertise": options.advertise, "capacity": options.capacity}
+        return _flags(join=options.join, **named, **self._trust())
+
+    def _trust(self) -> dict[str, Path | None]:
+        options = self.options
+        return {
+            "member_token_file": options.member_token_file,
+            "peer_certificate": options.peer_certificate,
+            "peer_key": options.peer_key,
+            "peer_authority": options.peer_authority,
+        }
+
+    @property
+    def _member_file(self) -> Path:
+        """Tells the coordinator process, which is started first, where the gateways listen."""
+        return self._runtime_directory / "member.json"
+
+    def _keep_peer_port(self, gateway: _Child) -> None:
+        """Have the gateway listen on the same port when it is started again."""
+        host, port = self.options.peer_address.rpartition(":")[0], gateway.ready["peer_address"].rpartition(":")[2]
+        self.options.peer_address = f"{host}:{port}"
+        gateway.arguments[gateway.arguments.index("--peer-address") + 1] = self.options.peer_address
+
+    def _peer_address(self) -> str:
+        """Where the first gateway listens for other nodes, with a host that they can connect to."""
+        address = str(self._children["gateway-0"].ready["peer_address"])
+        host, _, port = address.rpartition(":")
+        advertised = urlsplit(self.options.advertise).hostname
+        return _host_port(advertised, int(port)) if advertised and _is_wildcard(host) else address
+
+    def _write_member_file(self, gateway: _Child) -> None:
+        address = self.options.advertise or gateway.ready["address"]
+        new = self._member_file.with_suffix(".new")
+        new.write_text(json.dumps({"address": address, "peer_address": self._peer_address()}))
+        new.rename(self._member_file)
+
+    # --- children --------------------------------------------------------------------------------------------
 
     def _launch_zygote(self, function: str) -> None:
         name = f"zygote-{function}"
@@ -307,6 +378,8 @@ class Node:
                     self._launch_zygote(message["zygote"])
                 else:
                     child.ready = message
+                    if self.options.join and child.name == "gateway-0":
+                        self._write_member_file(child)
 
     def _await_ready(self, child: _Child) -> None:
         end = time.monotonic() + _START_SECONDS
@@ -408,3 +481,20 @@ class Node:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
                 self._bury(child)
+
+
+def _flags(**values: object) -> list[str]:
+    """`--name value` for each value that is given."""
+    given = [(name, value) for name, value in values.items() if value]
+    return [word for name, value in given for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False

@@ -22,9 +22,13 @@ from lifl.errors import InvalidProject, LiflError, Refused, Unavailable
 
 SUMMARIES = {
     "run": "Run the function project on this machine",
+    "coordinator": "Run the coordinator of a cluster",
     "invoke": "Send a model update to a job",
+    "job": "Create, list, describe and cancel jobs",
     "status": "Show jobs and their rounds",
-    "bench": "Compare LIFL with a message broker and with gRPC on this machine",
+    "nodes": "Show the nodes of a cluster, and drain them",
+    "node": "Measure what this node can aggregate at once",
+    "bench": "Compare LIFL with a message broker and with gRPC",
     "doctor": "Show what this machine can do, and what it cannot and why",
     "version": "Print the version",
 }

@@ -76,7 +76,9 @@ def path_option(command: _Command) -> _Command:
 def node_options(command: _Command) -> _Command:
     """`--url`, `--token-file`, `--path` and `--state-directory`: which node to ask; see `find_node`."""
     for decorate in (
-        click.option("--url", metavar="URL", envvar="FUNC_URL", help="Node to ask. [default: the one run here]"),
+        click.option(
+            "--url", metavar="URL", envvar="FUNC_URL", help="Node, or coordinator. [default: the node run here]"
+        ),
         click.option(
             "--token-file",
             type=click.Path(path_type=Path, dir_okay=False),
@@ -145,7 +147,14 @@ def read_token(token_file: Path | None) -> str | None:
 
 
 def get_json(url: str, path: str, token: str | None = None, *, timeout_s: float = 10.0) -> Any:
-    """The JSON document that the node at `url` has at `path`.
+    """The JSON document that the node at `url` has at `path`; raises as `request_json`."""
+    return request_json("GET", url, path, token, timeout_s=timeout_s)
+
+
+def request_json(
+    method: str, url: str, path: str, token: str | None = None, body: object = None, *, timeout_s: float = 10.0
+) -> Any:
+    """Send a request, with `body` as JSON unless it is None; the JSON of the answer, or None if that is empty.
 
     Raises Unavailable if nobody answers, Refused (Busy) for an error of the node, ProtocolError if it is no node.
     """
@@ -154,17 +163,21 @@ def get_json(url: str, path: str, token: str | None = None, *, timeout_s: float 
     import urllib.request
 
     headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    data = None if body is None else json.dumps(body).encode()
+    if data is not None:
+        headers["Content-Type"] = "application/json"
     try:
-        request = urllib.request.Request(url + path, headers=headers)  # noqa: S310 (the user's own URL)
+        request = urllib.request.Request(url + path, data, headers, method=method)  # noqa: S310 (the user's own URL)
     except ValueError:
         hint = (f"{program()} status --url http://{DEFAULT_ADDRESS}", "a URL has this form")
         raise CommandError(f"'{url}' is no URL", [hint]) from None
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as reply:  # noqa: S310
-            return json.loads(reply.read(_REPLY_LIMIT))
+            content = reply.read(_REPLY_LIMIT)
+            return json.loads(content) if content else None
     except urllib.error.HTTPError as error:
         with error:
-            raise _refusal(error.code, error.read(_REPLY_LIMIT), error.headers.get("Retry-After")) from None
+            raise refusal(error.code, error.read(_REPLY_LIMIT), error.headers.get("Retry-After")) from None
     except urllib.error.URLError as error:
         raise Unavailable(f"no node answers at {url}: {_reason(error.reason)}") from None
     except OSError as error:
@@ -177,7 +190,8 @@ def _reason(error: object) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
-def _refusal(status: int, body: bytes, retry_after: str | None) -> Refused:
+def refusal(status: int, body: bytes, retry_after: str | None = None) -> Refused:
+    """The error that an answer from 400 on stands for; its problem document says more (RFC 9457)."""
     title, detail = f"HTTP {status}", ""
     try:
         problem = json.loads(body)

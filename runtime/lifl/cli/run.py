@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import click
 
@@ -13,6 +15,7 @@ from lifl.cli.common import (
     DEFAULT_ADDRESS,
     STATE_DIRECTORY,
     CommandError,
+    normalise_url,
     note,
     output_option,
     path_option,
@@ -21,6 +24,44 @@ from lifl.cli.common import (
     state_directory_option,
 )
 from lifl.errors import Unavailable
+
+_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+_MEMBER_OPTIONS = (
+    click.option("--join", metavar="URL", envvar="FUNC_JOIN", help="Be a member of this coordinator's cluster."),
+    click.option("--name", envvar="FUNC_NODE_NAME", help="The node's name in the cluster. [default: the host's]"),
+    click.option(
+        "--advertise",
+        metavar="URL",
+        envvar="FUNC_ADVERTISE",
+        help="Where clients and members reach its gateways. [default: the address]",
+    ),
+    click.option(
+        "--peer-address",
+        metavar="HOST:PORT",
+        envvar="FUNC_PEER_ADDRESS",
+        help="Where to listen for other nodes. [default: the address's host, any free port]",
+    ),
+    click.option(
+        "--member-token-file", type=_FILE, envvar="FUNC_MEMBER_TOKEN_FILE", help="Token of the cluster's members."
+    ),
+    click.option("--peer-certificate", type=_FILE, envvar="FUNC_PEER_CERTIFICATE", help="For TLS between nodes."),
+    click.option("--peer-key", type=_FILE, envvar="FUNC_PEER_KEY", help="The certificate's key."),
+    click.option(
+        "--peer-authority", type=_FILE, envvar="FUNC_PEER_AUTHORITY", help="What signs the nodes' certificates."
+    ),
+    click.option(
+        "--capacity",
+        type=click.FloatRange(min=0, min_open=True),
+        envvar="FUNC_CAPACITY",
+        help="MC: updates to aggregate at once. [default: as 'func node calibrate' found, else a guess]",
+    ),
+)
+
+
+def _member_options(command: Any) -> Any:
+    for decorate in reversed(_MEMBER_OPTIONS):
+        command = decorate(command)
+    return command
 
 
 @click.command("run")
@@ -70,6 +111,7 @@ from lifl.errors import Unavailable
     help="Accept clients without a token even where other machines can connect.",
 )
 @click.option("--access-log", is_flag=True, envvar="FUNC_ACCESS_LOG", help="Log every request on stderr.")
+@_member_options
 @output_option
 def command(
     path: Path,
@@ -82,11 +124,13 @@ def command(
     allow_anonymous: bool,
     access_log: bool,
     output: str,
+    **member: Any,
 ) -> int:
     """Run the function project on this machine until Ctrl-C.
 
     Starts a node: agent, coordinator, gateways, and a zygote for each function in functions/. It needs no
-    privileges; with CAP_BPF and CAP_NET_ADMIN the kernel routes between its processes.
+    privileges; with CAP_BPF and CAP_NET_ADMIN the kernel routes between its processes. With --join it is a member
+    of a cluster; start the cluster's coordinator with 'func coordinator'.
 
     \b
     Examples:
@@ -95,6 +139,7 @@ def command(
       func run --data-plane unix                 # as without privileges
       func run --address 0.0.0.0:8080 --token-file token
       func run -o json                           # one line for programs: where it listens
+      func run --join http://10.0.0.1:7070 --address 10.0.0.7:8080 --token-file token
     """
     from lifl.project import load_project
 
@@ -102,6 +147,7 @@ def command(
     for warning in project.warnings:
         note(f"Warning: {warning}")
     host, port = choose_address(address)
+    membership = _membership(member, host)
 
     from lifl.node import Node, NodeOptions
 
@@ -118,6 +164,7 @@ def command(
             allow_anonymous=allow_anonymous,
             access_log=access_log,
             start=start,
+            **membership,
         )
     )
     try:
@@ -131,23 +178,70 @@ def command(
         note(f"Function running on {listening}")
         chosen_because = f" ({ready.reason})" if data_plane == "auto" and ready.reason else ""
         note(f"Data plane: {ready.data_plane}{chosen_because}")
+        if membership:
+            note(f"Node {membership['name']} of the cluster of {membership['join']}")
         if output == "json":
             actual_host, actual_port = parse_address(listening)
-            print_json(
-                {
-                    "address": listening,
-                    "host": actual_host,
-                    "port": actual_port,
-                    "data_plane": ready.data_plane,
-                }
-            )
+            document = {"address": listening, "host": actual_host, "port": actual_port}
+            document |= {"data_plane": ready.data_plane}
+            if membership:
+                document |= {"name": membership["name"], "peer_address": ready.peer_address}
+            print_json(document)
         return node.wait()
     finally:
         node.stop()
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`, with `[...]` around an IPv6 host. Raises CommandError."""
+def _membership(member: dict[str, Any], host: str) -> dict[str, Any]:
+    """The options of a member that were given, with defaults for the others; empty for a node on its own."""
+    given = {name: value for name, value in member.items() if value is not None}
+    if "join" not in given:
+        for name in given:
+            option = f"--{name.replace('_', '-')}"
+            hint = (f"{program()} run --join http://HOST:7070 {option} ...", "name the cluster's coordinator")
+            raise CommandError(f"{option} is for members of a cluster", [hint])
+        return {}
+    for name in ("join", "advertise"):
+        if name in given:
+            given[name] = normalise_url(given[name])
+    if "peer_address" in given:
+        parse_address(given["peer_address"], "--peer-address")
+    if "advertise" not in given and is_wildcard(host):
+        hint = (
+            f"{program()} run --join {given['join']} --advertise http://HOST:PORT ...",
+            "where others reach it",
+        )
+        raise CommandError(
+            f"no one can connect to {host}, so the cluster cannot be told where the node is", [hint]
+        )
+    is_far = not _is_loopback(urlsplit(given["join"]).hostname or "")
+    if "advertise" not in given and _is_loopback(host) and is_far:
+        note(f"Warning: other machines cannot reach {host}; choose --address, or --advertise another one")
+    for name, value in given.items():
+        given[name] = value.absolute() if isinstance(value, Path) else value
+    return {"name": socket.gethostname(), **given}
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a host stands for all addresses of a machine, so that no client can connect to it."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_address(address: str, option: str = "--address") -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, with `[...]` around an IPv6 host. Raises CommandError.
+
+    `option` is what the user gave it as.
+    """
     host, colon, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -156,9 +250,14 @@ def parse_address(address: str) -> tuple[str, int]:
     if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise CommandError(
             f"the address '{address}' is not of the form HOST:PORT",
-            [(f"{program()} run --address {DEFAULT_ADDRESS}", "on loopback only")],
+            [(f"{_command_path()} {option} {DEFAULT_ADDRESS}", "on loopback only")],
         )
     return host, int(port)
+
+
+def _command_path() -> str:
+    context = click.get_current_context(silent=True)
+    return context.command_path if context else f"{program()} run"
 
 
 def choose_address(address: str | None) -> tuple[str, int]:

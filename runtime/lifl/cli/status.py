@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
-from lifl.cli.common import find_node, get_json, node_options, note, output_option, print_json, read_token
+from lifl.cli.common import find_node, get_json, node_options, output_option, read_token
+from lifl.cli.tables import count, facts_table, format_bytes, format_seconds, plain_table, show, stack, watch
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_WIDTH = 80
-_INTERVAL_S = 1.0
+_NOTHING = "No jobs."
 
 
 @click.command("status")
 @click.argument("job", required=False)
-@click.option("-w", "--watch", is_flag=True, help="Go on until Ctrl-C and show what changes.")
+@click.option("-w", "--watch", "is_watching", is_flag=True, help="Go on until Ctrl-C and show what changes.")
 @node_options
 @output_option
 def command(
     job: str | None,
-    watch: bool,
+    is_watching: bool,
     url: str | None,
     token_file: Path | None,
     path: Path,
@@ -36,7 +36,8 @@ def command(
 
     ACT is the aggregation completion time: from the first byte of the round's first update to the new global
     model. LATENCY is the median time of an update from its first byte to folded. STARTED/REUSED counts the
-    round's aggregators.
+    round's aggregators; COLD are those started when an update already waited. In a cluster one sees how many NODES
+    had updates, which was the TOP, how many updates were LOST with their node, and the bytes BETWEEN NODES.
 
     \b
     Examples:
@@ -50,45 +51,9 @@ def command(
     def look() -> Any:
         return get_json(node, f"/v1/jobs/{quote(job, safe='')}" if job else "/v1/jobs", token)
 
-    if watch:
-        _watch(look, output)
-    _show(look(), output)
-
-
-def _watch(look: Callable[[], Any], output: str) -> NoReturn:
-    """Show what `look` finds, again at each change; on a terminal in place."""
-    import time
-
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console()
-    if output == "human" and console.is_terminal:
-        with Live(_render(look()), console=console, auto_refresh=False) as live:
-            while True:
-                time.sleep(_INTERVAL_S)
-                live.update(_render(look()), refresh=True)
-    before: Any = None
-    while True:
-        if (found := look()) != before:
-            _show(found, output)
-            before = found
-        time.sleep(_INTERVAL_S)
-
-
-def _show(found: Any, output: str) -> None:
-    if output == "json":
-        print_json(found)
-        return
-    from rich.console import Console
-
-    console = Console()
-    if console.width > _WIDTH or not console.is_terminal:
-        console.width = _WIDTH
-    if job_list(found):
-        console.print(_render(found))
-    else:
-        note("No jobs.")
+    if is_watching:
+        watch(look, output, _render, _NOTHING)
+    show(look(), output, _render, _NOTHING)
 
 
 def job_list(found: Any) -> list[Mapping[str, Any]]:
@@ -98,62 +63,45 @@ def job_list(found: Any) -> list[Mapping[str, Any]]:
     return [job for job in found if isinstance(job, Mapping)]
 
 
-def _render(found: Any) -> Table:
-    single = isinstance(found, Mapping) and "jobs" not in found
-    return round_table(found) if single else job_table(job_list(found))
+def _render(found: Any) -> Table | None:
+    if isinstance(found, Mapping) and "jobs" not in found:
+        return round_table(found)
+    jobs = job_list(found)
+    return job_table(jobs) if jobs else None
 
 
-def job_table(jobs: Iterable[Mapping[str, Any]]) -> Table:
+def job_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each job, at most 80 columns wide."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, width=None)
-    table.add_column("JOB", max_width=20, no_wrap=True, overflow="ellipsis")
-    table.add_column("STATUS", no_wrap=True)
-    table.add_column("ROUND", justify="right")
-    table.add_column("UPDATES", justify="right", no_wrap=True)
-    table.add_column("ACT", justify="right", no_wrap=True)
-    table.add_column("WORKERS", justify="right")
-    table.add_column("PLANE", no_wrap=True)
+    in_cluster = any(_is_clustered(state) for job in jobs for state in _rounds(job))
+    ends = ("NODES", "TOP") if in_cluster else ("PLANE",)
+    table = plain_table(
+        *("JOB", "STATUS", "ROUND", "UPDATES", "ACT", "WORKERS", *ends),
+        left=frozenset({"JOB", "STATUS", "PLANE", "TOP"}),
+        widths={"JOB": 16 if in_cluster else 20, "TOP": 12},
+    )
     for job in jobs:
+        last = job.get("last") or {}
+        where = [Text(str(job.get("data_plane") or "-"))]
+        if in_cluster:
+            where = [Text(count(last.get("nodes"))), Text(str(last.get("top") or "-"))]
         table.add_row(
             Text(str(job.get("job", job.get("name", "?")))),
             Text(str(job.get("status", "?"))),
-            _count(job.get("round")),
+            count(job.get("round")),
             _updates(job),
-            format_seconds((job.get("last") or {}).get("act")),
-            _count(job.get("workers")),
-            Text(str(job.get("data_plane") or "-")),
+            format_seconds(last.get("act")),
+            count(job.get("workers")),
+            *where,
         )
     return table
 
 
 def round_table(job: Mapping[str, Any]) -> Table:
     """The facts of one job, and below them its last and its open round."""
-    from rich.table import Table
-    from rich.text import Text
-
     spec = job.get("spec") or {}
-    rounds = Table(box=None, pad_edge=False)
-    for name in ("ROUND", "STATUS", "ACCEPTED", "REJECTED", "LATE", "ACT", "LATENCY", "STARTED/REUSED"):
-        rounds.add_column(name, justify="left" if name == "STATUS" else "right", no_wrap=True)
-    for state in (job.get("last"), job.get("current")):
-        if state:
-            rounds.add_row(
-                _count(state.get("round")),
-                Text(str(state.get("status", "?"))),
-                _count(state.get("accepted")),
-                _count(state.get("rejected")),
-                _count(state.get("late")),
-                format_seconds(state.get("act")),
-                format_seconds(state.get("latency_median")),
-                f"{_count(state.get('started'))}/{_count(state.get('reused'))}",
-            )
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
-    for label, value in (
+    facts = facts_table(
         ("Job", job.get("job", job.get("name", "?"))),
         ("Status", job.get("status", "?")),
         ("Function", spec.get("function", "-")),
@@ -162,33 +110,70 @@ def round_table(job: Mapping[str, Any]) -> Table:
         ("Data plane", job.get("data_plane") or "-"),
         ("Workers", job.get("workers", "-")),
         ("Detail", job.get("detail")),
-    ):
-        if value:
-            facts.add_row(label, Text(str(value)))
-    whole = Table.grid()
-    whole.add_row(facts)
-    if rounds.row_count:
-        whole.add_row("")
-        whole.add_row(rounds)
-    return whole
+    )
+    return stack(facts, *state_tables(_rounds(job)))
+
+
+def state_tables(rounds: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What happened in these rounds, and in a cluster also where."""
+    from rich.text import Text
+
+    in_cluster = any(map(_is_clustered, rounds))
+    columns = ["ROUND", "STATUS", "ACCEPTED", "REJECTED", "LATE", "ACT", "LATENCY"]
+    what = plain_table(*columns, *([] if in_cluster else ["STARTED/REUSED"]), left=frozenset({"STATUS"}))
+    for state in rounds:
+        aggregators = [] if in_cluster else [f"{count(state.get('started'))}/{count(state.get('reused'))}"]
+        what.add_row(
+            count(state.get("round")),
+            Text(str(state.get("status", "?"))),
+            count(state.get("accepted")),
+            count(state.get("rejected")),
+            count(state.get("late")),
+            format_seconds(state.get("act")),
+            format_seconds(state.get("latency_median")),
+            *aggregators,
+        )
+    return [what, _where(rounds)] if in_cluster else [what]
+
+
+def _where(rounds: Sequence[Mapping[str, Any]]) -> Table:
+    from rich.text import Text
+
+    table = plain_table(
+        *("ROUND", "NODES", "TOP", "LEAVES", "STARTED/REUSED/COLD", "LOST", "BETWEEN NODES"),
+        left=frozenset({"TOP"}),
+        widths={"TOP": 16},
+    )
+    for state in rounds:
+        table.add_row(
+            count(state.get("round")),
+            count(state.get("nodes")),
+            Text(str(state.get("top") or "-")),
+            count(state.get("leaves")),
+            "/".join(count(state.get(name)) for name in ("started", "reused", "cold")),
+            count(state.get("lost")),
+            format_bytes(state.get("internode_bytes")),
+        )
+    return table
+
+
+def _rounds(job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The job's last and its open round, as far as there are any."""
+    return [state for state in (job.get("last"), job.get("current")) if state]
+
+
+def _is_clustered(state: Mapping[str, Any]) -> bool:
+    """Whether a round is one of several nodes; a node on its own is always one node, which it does not name."""
+    return bool(state.get("top")) or state.get("nodes", 1) != 1
 
 
 def _model(job: Mapping[str, Any]) -> str:
-    size = job.get("model_payload_bytes")
-    return f"round {_count(job.get('model_round'))}, {size / 1e6:.1f} MB" if size else "none yet"
+    if not job.get("model_round"):
+        return "none yet"
+    size = job.get("model_payload_bytes")  # a cluster's coordinator need not know
+    return f"round {count(job['model_round'])}" + (f", {size / 1e6:.1f} MB" if size else "")
 
 
 def _updates(job: Mapping[str, Any]) -> str:
     accepted = (job.get("current") or {}).get("accepted")
-    return f"{_count(accepted)}/{_count((job.get('spec') or {}).get('goal'))}"
-
-
-def _count(value: Any) -> str:
-    return str(value) if isinstance(value, int) else "-"
-
-
-def format_seconds(value: Any) -> str:
-    """Seconds for people: `3.1 ms` or `2.50 s`; `-` for nothing measured."""
-    if not isinstance(value, int | float) or value <= 0:
-        return "-"
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+    return f"{count(accepted)}/{count((job.get('spec') or {}).get('goal'))}"

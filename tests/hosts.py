@@ -1,0 +1,27 @@
+"""Hosts for tests of many nodes. A module that wants them says `pytest_plugins = ("tests.hosts",)`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from lifl_bench.hosts import Hosts, why_not
+
+
+def require_hosts() -> None:
+    """Skip the test where there can be no hosts; under CI=true that is a failure."""
+    if not (reason := why_not()):
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI=true needs hosts for the tests of many nodes, but: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def make_hosts() -> Iterator[Callable[[int | Sequence[str]], Hosts]]:
+    """Makes hosts, which are closed with all that runs in them at the end of the test."""
+    require_hosts()
+    with contextlib.ExitStack() as stack:
+        yield lambda names: stack.enter_context(Hosts(names))
