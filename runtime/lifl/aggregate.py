@@ -66,10 +66,12 @@ class ModelUpdate:
         self.client = client
         """The id that the client gave itself."""
         self.round = round
+        """The round whose model it was trained from: in an asynchronous job perhaps an earlier one than
+        `Aggregate.round`. What it loses by that is no business of the function's."""
         self.num_samples = num_samples
         """Finite and more than 0: how many samples the client trained on, as it says."""
         self.is_delta = is_delta
-        """The tensors are differences to the round's model, not new weights."""
+        """The tensors are differences to that round's model, not new weights."""
         self._bytes: NDArray[np.uint8] | None = None
         self._specs: dict[str, TensorSpec] | None = None
 

@@ -7,6 +7,13 @@
             client.submit(tensors, num_samples=samples, round=model.round)
             model = client.wait_for_round(after=model.round)
 
+In an asynchronous job (`mode: async`) it sends differences, and need not wait for anybody: it trains on whatever
+model is the newest, and what it sends counts less the older that model is by then. One update counts for each
+model.
+
+        model = client.fetch_model()
+        client.submit(difference, num_samples=samples, round=model.round, delta=True)
+
 In a cluster any gateway will do, and several may be named: when one is gone the next is asked. A gateway sends an
 update on to the node that folds it (307), and the client stays with that one as long as it answers.
 
@@ -71,10 +78,11 @@ class Submission:
     """What became of an update.
 
     `accepted`: it counts. `duplicate`: this client's update of the round counted already. `late`: the round is
-    closed, and the update does not count. `round` is the round of the update, or the open one if it was late.
+    closed, and the update does not count. `unselected`: it does not count, for enough other clients take part in
+    the round. `round` is the round that the update counts in, the open one if it was late, or else its own.
     """
 
-    status: Literal["accepted", "duplicate", "late"]
+    status: Literal["accepted", "duplicate", "late", "unselected"]
     round: int
 
 
@@ -192,6 +200,22 @@ class Client:
 
     # --- training --------------------------------------------------------------------------------------------
 
+    def take_part(self, round: int) -> bool:
+        """Ask for a place in a round; False when enough others have one, or the round is closed.
+
+        A job with `over_selection` takes the updates of so many clients and no more: who asks before training does
+        not train for nothing. In any other job everyone may take part. Asking again does no harm.
+        """
+        body = json.dumps({"client": self.client_id}).encode()
+        path = f"{self._base}/rounds/{round}/participants"
+        try:
+            self._call("POST", path, {"Content-Type": "application/json"}, body)
+        except Refused as refusal:
+            if _open_round_after(refusal, round) or (refusal.status, refusal.title) == (409, "Enough clients"):
+                return False
+            raise
+        return True
+
     def submit(
         self,
         update: Mapping[str, Tensor] | Buffer,
@@ -203,8 +227,9 @@ class Client:
         """Send a model update and return what became of it.
 
         `update` maps names to numpy arrays or torch tensors, which are copied once into a buffer that is used
-        again, or is safetensors bytes, which are sent as they are. `delta` says that it is the difference to the
-        round's model. `num_samples` is its weight. A repeated call for the same round cannot count twice.
+        again, or is safetensors bytes, which are sent as they are. `round` is that of the model it was trained
+        from; `delta` says that it is the difference to that model, which an asynchronous job asks for.
+        `num_samples` is its weight. A repeated call for the same round cannot count twice.
         Raises InvalidInput for what no gateway would accept, before anything is sent.
         """
         if not (math.isfinite(num_samples) and num_samples > 0):
@@ -233,11 +258,15 @@ class Client:
         try:
             answer = self._call("POST", f"{self._base}/updates", headers, body)
         except Refused as refusal:
-            open_round = getattr(refusal, "round", None)
-            if refusal.status == 409 and isinstance(open_round, int) and open_round > round:
+            if open_round := _open_round_after(refusal, round):
                 return Submission("late", open_round)
+            if (refusal.status, refusal.title) == (409, "Not selected"):
+                return Submission("unselected", round)
             raise
-        return Submission("duplicate" if answer.status == 200 else "accepted", round)
+        if answer.status == 200:
+            return Submission("duplicate", round)
+        counts_in = answer.json().get("round")
+        return Submission("accepted", counts_in if isinstance(counts_in, int) else round)
 
     def _send_again(self, round: int) -> None:
         """Send this round's update again, in case the node was started anew and has forgotten it."""
@@ -423,9 +452,15 @@ def _refusal(answer: _Answer) -> Refused:
         refusal = Busy(title, detail, retry_after=_retry_after(answer.headers.get("retry-after", "")))
     else:
         refusal = Refused(answer.status, title, detail)
-    # Only a late update carries one; `submit` looks for it.
+    # Only what is late or early carries one; `submit` and `take_part` look for it.
     refusal.round = problem.get("round")  # type: ignore[attr-defined]
     return refusal
+
+
+def _open_round_after(refusal: Refused, round: int) -> int:
+    """The open round if the refusal says that `round` is closed; else 0."""
+    open_round = getattr(refusal, "round", None)
+    return open_round if refusal.status == 409 and isinstance(open_round, int) and open_round > round else 0
 
 
 def _retry_after(value: str) -> float:

@@ -48,8 +48,8 @@ class Kind(IntEnum):
     """Coordinator to aggregator: the round has exactly `slot` inputs for you; send the result up after them.
     `generation` of them are partial aggregates (255: so many or more)."""
     MODEL = 8
-    """Top aggregator to coordinator: the round's global model is complete in this slot. With `generation` 1 it
-    contains updates that were not reported as folded, and frees their slots."""
+    """Top aggregator to coordinator: the round's global model is complete in this slot; `generation` is a
+    `model_proof`."""
 
 
 class Descriptor(NamedTuple):
@@ -78,6 +78,13 @@ def decode(data: bytes | bytearray | memoryview) -> list[Descriptor]:
     Any 16 bytes decode; whether the kind is known is the receiver's business.
     """
     return [Descriptor._make(fields) for fields in _CODEC.iter_unpack(data)]
+
+
+def model_proof(inputs: int, *, contains_all: bool) -> int:
+    """The generation byte of MODEL: from how many inputs (modulo 128) the model was made, so that one that was made
+    before the round was opened once more is known; and whether it contains updates that were not reported as folded,
+    whose slots it frees."""
+    return (inputs & 0x7F) << 1 | contains_all
 
 
 class DescriptorStream:

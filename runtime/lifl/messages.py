@@ -123,6 +123,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Optimiser state slots (two generations of each array) that follow the model slots."""
     timing: Literal["eager", "lazy"] = "eager"
     precision: Literal["float32", "float64"] = "float32"
+    staleness_exponent: float = 0.0
+    """Of `JobSpec`; 0 for a synchronous job, whose updates are all trained from the round's own model."""
 
 
 class CreatePool(Message):
@@ -298,6 +300,17 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reuse: bool = True
     """Whether workers go on with the next round. False: they end with their round, and each round starts new ones
     when its first update comes, so no state of a function outlives a round."""
+    mode: Literal["sync", "async"] = "sync"
+    """`sync`: a round takes updates that were trained from its own model. `async`: it is a buffer of `goal`
+    updates, and takes differences to older models too (FedBuff)."""
+    max_staleness: int = 20
+    """Asynchronous jobs: an update is late when its model is older than so many rounds."""
+    staleness_exponent: float = 0.5
+    """Asynchronous jobs: a difference to a model that is t rounds old is multiplied with (1 + t)^-a; this is a. 0
+    treats all alike."""
+    over_selection: float = 0.0
+    """Synchronous jobs: ceil(goal x (1 + this)) clients are selected for a round, so that it reaches its goal
+    though some of them fail or are slow. 0: everyone may take part."""
 
 
 class CreateJob(Message):
@@ -315,7 +328,8 @@ class InstallModel(Message):
 
 
 class Admit(Message):
-    """Asked before the body is read: would this update be taken? Answered by `Verdict` or `Problem`.
+    """Asked before the body is read: would this update be taken? Answered by `Verdict` or `Problem`; in an
+    asynchronous job whose buffer is just being closed, when the next one opens.
 
     After the answer `open` the gateway owes a `Commit` or an `Abandon`: meanwhile the job does not go idle, for
     its memory is being written.
@@ -323,6 +337,7 @@ class Admit(Message):
 
     job: str
     round: int
+    """The round whose model it was trained from."""
     client: str
     event_id: str
     gateway: int
@@ -363,17 +378,40 @@ class Commit(Message):
 
 class Verdict(Message):
     """`open`: go on and read the body. `accepted`: counted. `duplicate`: this client already has its update
-    in this round. `late`: the round is closed; `round` is the open one. `early`: no such round yet. `elsewhere`:
+    in this round, or, in an asynchronous job, had one with this base counted before. `late`: the round is closed;
+    `round` is the open one. `early`: no such round yet. `unselected`: enough other clients take part. `elsewhere`:
     another node of the cluster takes it."""
 
-    status: Literal["open", "accepted", "duplicate", "late", "early", "elsewhere"]
+    status: Literal["open", "accepted", "duplicate", "late", "early", "unselected", "elsewhere"]
     round: int
+    """On `accepted`: the round that it counts in, which its descriptor carries."""
     destination: int = 0
     """The aggregator's endpoint; 0 when it is only being started: the coordinator then sends the descriptor."""
     address: str = ""
     """On `elsewhere`: base URL of the gateways of the node that takes this client's update."""
     updates_pool: int = -1
     """On `open`: the pool whose slots it may go to, if the gateway may not know it yet."""
+
+
+class SelectClient(Message):
+    """A client wants to take part in a round. Answered by `Selection` or `Problem`."""
+
+    job: str
+    round: int
+    client: str
+
+
+class Selection(Message):
+    """`selected`: the client has a place in the round. `again`: it had one before. `enough`: others have them all.
+    `everyone`: the job selects nobody, all may take part. `late`, `early`: as in `Verdict`."""
+
+    status: Literal["selected", "again", "enough", "everyone", "late", "early"]
+    round: int
+    """The open one."""
+    selected: int = 0
+    """Clients that have a place in the round."""
+    places: int = 0
+    """Of so many."""
 
 
 class BusySlots(Message):
@@ -601,12 +639,15 @@ class RoundState(Message):
     """Bytes of partial aggregates and models that went from node to node."""
     lost: int = 0
     """Accepted updates that were lost with their node; their clients were asked to send them again."""
+    selected: int = 0
+    """Clients that were selected for the round; 0 when everyone may take part."""
 
 
 class UpdateState(msgspec.Struct, frozen=True):
     """One update of a round. Times in seconds, 0 for what has not happened."""
 
     client: str
+    """In an asynchronous job CLIENT@ROUND, with the round whose model it was trained from."""
     num_samples: float
     aggregator: int
     """The place in the tree that folds it; 0 is the top."""
@@ -735,6 +776,7 @@ ToCoordinator = (
     | Admit
     | Abandon
     | Commit
+    | SelectClient
     | BusySlots
     | DescribeUplink
     | PartialSent
@@ -755,6 +797,7 @@ FromCoordinator = (
     JobState
     | Problem
     | Verdict
+    | Selection
     | Uplink
     | PartialVerdict
     | Slots

@@ -17,7 +17,7 @@ from typing import Final
 
 from lifl.agent_client import AgentConnection
 from lifl.aggregate import Aggregate, GatheredUpdates, ModelUpdate
-from lifl.descriptor import Descriptor, Kind
+from lifl.descriptor import Descriptor, Kind, model_proof
 from lifl.errors import LiflError
 from lifl.fold import Fold, Input
 from lifl.function import AggregatorFunction
@@ -35,6 +35,7 @@ from lifl.slot import (
     slot_reference,
     split_slot_reference,
 )
+from lifl.staleness import staleness_weight
 
 EAGER_BATCH: Final = 4
 """Ready inputs that an eager fold waits for: from four on, a pass runs at the memory's read limit."""
@@ -173,6 +174,9 @@ class Worker:
         current = self._assignment
         if current is not None and current.round == round_number:
             current.parent = parent
+            # What was said of the round's end may be out of date: it is said again after this.
+            current.expected = None
+            current.expected_partials = 0
             current.sent = False
             return
         first = [self._seal_in(slot, round_number) for slot in (0, 1)]
@@ -386,11 +390,16 @@ class Worker:
             taken.append(item)
         for contribution in total.take():
             update = contribution.update
-            inputs.append(self._fold.update(update.payload, update.plan, contribution.weight * contribution.scale))
+            factor = contribution.weight * contribution.scale * self._staleness_weight(total, update)
+            inputs.append(self._fold.update(update.payload, update.plan, factor))
             weight += contribution.weight
             if update.is_delta:
                 delta_weight += contribution.weight
         return inputs, taken, weight, delta_weight
+
+    def _staleness_weight(self, total: Aggregate, update: ModelUpdate) -> float:
+        """What an update's difference is multiplied with besides its weight, and which no denominator contains."""
+        return staleness_weight(total.round - update.round, self._spec.staleness_exponent)
 
     def _offer(self, total: Aggregate, item: ReadyInput) -> bool:
         assert item.update is not None
@@ -452,6 +461,7 @@ class Worker:
         if current.inputs + len(partials) != current.expected:
             current.ready = partials
             return
+        current.ready = partials  # should the round be opened once more, they are still to be had
         sums, weight, delta_weight = self._sums_of(current, partials)
         if not self._write_model(current, sums, weight, delta_weight):
             raise LiflError(f"the global model of round {current.round} would not be finite")
@@ -538,7 +548,8 @@ class Worker:
     def _send_model(self, current: Assignment, *, contains_all: bool) -> None:
         slot = slot_reference(self._infos["aggregates"].pool, (current.round + 1) % self._spec.model_slots)
         current.sent = True
-        self._endpoint.send(self._coordinator, slot, current.round, Kind.MODEL, int(contains_all))
+        proof = model_proof(current.expected or 0, contains_all=contains_all)
+        self._endpoint.send(self._coordinator, slot, current.round, Kind.MODEL, proof)
 
     def _state(self, round_number: int) -> list[tuple[memoryview, memoryview]]:
         """(array at the start of the round, array to be written) of each optimiser array."""

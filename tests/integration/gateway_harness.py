@@ -54,6 +54,8 @@ from lifl.messages import (
     ReturnModel,
     RoundState,
     RoundUpdates,
+    SelectClient,
+    Selection,
     Slots,
     Subscribe,
     ToCoordinator,
@@ -346,6 +348,8 @@ class FakeCoordinator:
                 return Acknowledged()
             case Commit():
                 return self._judge(question) or self._accept_update(question)
+            case SelectClient():
+                return self._select(question)
             case BusySlots():
                 return Slots(tuple(self.busy.items()))
             case CreateJob():
@@ -399,6 +403,12 @@ class FakeCoordinator:
         if (question.job, question.round, question.client) in self.accepted:
             return Verdict("duplicate", state.round)
         return None
+
+    def _select(self, question: SelectClient) -> Selection:
+        number = self.states[question.job].round
+        if question.round != number:
+            return Selection("early" if question.round > number else "late", number)
+        return Selection("everyone", number)
 
     def _accept_update(self, commit: Commit) -> Verdict:
         assert commit.slot not in self.busy, "a slot that is in use was given to another update"

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +205,11 @@ class Platform:
         self.connection: AgentConnection = until(attempt, what="agent")
         for number, pool in self.connection.pools.items():
             self.pools.setdefault(number, pool)
-        path = str(self.runtime / "coordinator.sock")
-        self.coordinator: ControlChannel[Any] = ControlChannel.connect(path, FromCoordinator, 30.0)
+        self.coordinator = self.connect()
+
+    def connect(self) -> ControlChannel[Any]:
+        """Another connection to the coordinator, for a question whose answer takes a while."""
+        return ControlChannel.connect(str(self.runtime / "coordinator.sock"), FromCoordinator, 30.0)
 
     def take_pools(self) -> None:
         """Map the pools that the agent has announced."""
@@ -271,6 +273,29 @@ class Platform:
         send: bool = True,
     ) -> Verdict | Problem:
         """Write an update into a slot, commit it, and send its descriptor."""
+        commit = self.fill_slot(client, payload, round_number, num_samples, is_delta=is_delta, layout=layout)
+        verdict = until(lambda: None if is_busy(answer := self.ask(commit)) else answer, what="answer to a commit")
+        if isinstance(verdict, Verdict) and verdict.status == "accepted":
+            _, index = split_slot_reference(commit.slot)
+            self.busy[index] = commit.generation
+            if send and verdict.destination:
+                assert self.connection.endpoint is not None
+                self.connection.endpoint.send(
+                    verdict.destination, commit.slot, verdict.round, Kind.UPDATE, commit.generation
+                )
+        return verdict
+
+    def fill_slot(
+        self,
+        client: str,
+        payload: bytes,
+        round_number: int = 1,
+        num_samples: float = 1.0,
+        *,
+        is_delta: bool = False,
+        layout: bytes = b"",
+    ) -> Commit:
+        """Write an update into a free slot; returns the question whether it counts."""
         started = time.monotonic()
         index = self.free_slot()
         pool = self.pools[self.updates_pool]
@@ -280,30 +305,17 @@ class Platform:
         pool.layout(index)[: len(layout)] = layout
         header = UpdateHeader(generation, round_number, is_delta, num_samples, len(layout), len(payload), client)
         header.pack_into(pool.header(index))
-        reference = slot_reference(self.updates_pool, index)
-        commit = partial(
-            self.ask,
-            Commit(
-                "job",
-                round_number,
-                client,
-                f"{client}/{round_number}",
-                reference,
-                generation & 0xFF,
-                num_samples,
-                started,
-                self.gateway,
-            ),
+        return Commit(
+            "job",
+            round_number,
+            client,
+            f"{client}/{round_number}",
+            slot_reference(self.updates_pool, index),
+            generation & 0xFF,
+            num_samples,
+            started,
+            self.gateway,
         )
-        verdict = until(lambda: None if is_busy(answer := commit()) else answer, what="answer to a commit")
-        if isinstance(verdict, Verdict) and verdict.status == "accepted":
-            self.busy[index] = generation & 0xFF
-            if send and verdict.destination:
-                assert self.connection.endpoint is not None
-                self.connection.endpoint.send(
-                    verdict.destination, reference, round_number, Kind.UPDATE, generation
-                )
-        return verdict
 
     def wait_for_round(self, number: int, seconds: float = 20.0) -> JobState:
         return until(

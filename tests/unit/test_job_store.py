@@ -31,6 +31,25 @@ def test_a_torn_last_line_of_the_journal_is_left_out(store: JobStore):
     assert [entry["event"] for entry in store.entries()] == ["created", "round"]
 
 
+def test_a_line_after_a_torn_one_is_whole(store: JobStore):
+    with open(store.directory / "journal.jsonl", "ab") as journal:
+        journal.write(b'{"event":"round","round":1,"clients":{"a":1.0},"ac')
+    store.append({"event": "round", "round": 2, "clients": {"b": 1.0}, "act": 1.0})
+    store.append({"event": "round", "round": 3, "clients": {"c": 1.0}, "act": 1.0})
+    assert [entry.get("round") for entry in store.entries()] == [None, 2, 3]
+    assert store.contributors(1, 9) == {2: ["b"], 3: ["c"]}
+
+
+def test_the_last_line_about_a_round_says_whose_updates_are_in_its_model(store: JobStore):
+    """A round that was complete, but whose model was never on the disk, is run again after a restart."""
+    for number, client in [(1, "a"), (2, "b"), (3, '{"event":"round","round":1,'), (2, "d"), (3, "e")]:
+        done = Round(number, JobSpec("job", "fedavg", 1), Hierarchy(1), opened=0.0)
+        done.accept(client, 0, 0, num_samples=1.5, started=1.0)
+        store.append_round(done)
+    assert store.contributors(0, 3) == {1: ["a"], 2: ["d"]}
+    assert store.contributors(3, 4) == {3: ["e"]}
+
+
 def test_a_complete_round_is_found_in_the_journal(store: JobStore):
     done = Round(12, JobSpec("job", "fedavg", 2), Hierarchy(1), opened=0.0)
     done.accept("a", 0, 0, num_samples=1.5, started=1.0)
@@ -76,7 +95,9 @@ def test_a_job_keeps_so_many_checkpoints_with_the_one_to_come(store: JobStore, k
 
 
 def test_a_checkpoint_that_somebody_reads_is_kept_for_now(store: JobStore):
-    job = Job(JobSpec("job", "fedavg", 3, keep_checkpoints=1), store, store, checkpoints=[1, 2], file_leases={7: 1})
+    job = Job(
+        JobSpec("job", "fedavg", 3, keep_checkpoints=1), store, store, checkpoints=[1, 2], file_leases={7: 1}
+    )
     assert job.retire_checkpoints() == [2]
     assert job.checkpoints == [1]
 

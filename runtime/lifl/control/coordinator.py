@@ -148,6 +148,7 @@ class Coordinator:
         while not self._stopping:
             for key, _ in self._selector.select(self._seconds_to_next_timer()):
                 key.data()
+            self._requests.answer_postponed()
             self._run_timers()
         os.unlink(path)
         background.finish()
@@ -314,6 +315,9 @@ class Coordinator:
             job.status = "complete"
             return
         self._workforce.need_function(job.spec.function)
+        if rounds and job.spec.mode == "async":
+            for contributors in job.store.contributors(rounds[-1] - job.spec.max_staleness, rounds[-1]).values():
+                job.remember_counted(rounds[-1], contributors)
         if rounds:
             self._rounds.start(job, rounds[-1], partial(self._restored, job))
 

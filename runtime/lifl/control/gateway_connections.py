@@ -49,6 +49,20 @@ Answer = Callable[[GatewayConnection, ToCoordinator], Message | None]
 """Gives the answer to a request, or None when it comes later or never; may raise `Refused`."""
 
 
+def answer_request(answer: Answer, connection: GatewayConnection, request: ToCoordinator) -> None:
+    """Send what `answer` says to a request, or the problem that it raises."""
+    message: Message | None
+    try:
+        message = answer(connection, request)
+    except Refused as refusal:
+        message = Problem(refusal.status, refusal.title, refusal.detail, getattr(refusal, "retry_after", 0.0))
+    except Exception as error:  # one request that goes wrong must not end all jobs
+        log.exception("request %s failed", type(request).__name__)
+        message = Problem(500, "internal error", f"{type(error).__name__}; see the coordinator's log")
+    if message is not None:
+        connection.answer(message)
+
+
 class GatewayConnections:
     """Serves every connection of a listener: `answer` gives the answers, `ended` hears of each end."""
 
@@ -82,18 +96,7 @@ class GatewayConnections:
             self._drop(connection)
             return
         close_fds(fds)
-        answer = self._answer_or_problem(connection, request)
-        if answer is not None:
-            connection.answer(answer)
-
-    def _answer_or_problem(self, connection: GatewayConnection, request: ToCoordinator) -> Message | None:
-        try:
-            return self._answer(connection, request)
-        except Refused as refusal:
-            return Problem(refusal.status, refusal.title, refusal.detail, getattr(refusal, "retry_after", 0.0))
-        except Exception as error:  # one request that goes wrong must not end all jobs
-            log.exception("request %s failed", type(request).__name__)
-            return Problem(500, "internal error", f"{type(error).__name__}; see the coordinator's log")
+        answer_request(self._answer, connection, request)
 
     def _drop(self, connection: GatewayConnection) -> None:
         self._selector.unregister(connection.channel.socket)

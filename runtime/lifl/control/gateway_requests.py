@@ -14,16 +14,17 @@ import msgspec
 
 from lifl.control.background import Continuation
 from lifl.control.context import Context
-from lifl.control.gateway_connections import GatewayConnection
+from lifl.control.gateway_connections import GatewayConnection, answer_request
 from lifl.control.idleness import Idleness
-from lifl.control.job import MAX_UPDATE_SLOTS, Job
+from lifl.control.job import MAX_UPDATE_SLOTS, Job, require_streaming
 from lifl.control.job_store import JOB_NAME, JobStore
 from lifl.control.latencies import BOUNDS, describe_updates
 from lifl.control.model_keeper import ModelKeeper
-from lifl.control.round import Round
+from lifl.control.round import Admission, Round, places_of
 from lifl.control.rounds import Rounds
 from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds
+from lifl.descriptor import Kind
 from lifl.errors import Busy, LiflError, Refused
 from lifl.messages import (
     Abandon,
@@ -56,17 +57,27 @@ from lifl.messages import (
     Problem,
     ReturnModel,
     RoundUpdates,
+    SelectClient,
+    Selection,
     Slots,
     Subscribe,
     ToCoordinator,
     Verdict,
 )
 from lifl.slot import split_slot_reference
+from lifl.staleness import contributor_of
 
 log = logging.getLogger("lifl.coordinator")
 
 _PAGE_BYTES: Final = 128 * 1024
 """Of an answer that comes in parts: a message has to fit a socket's send buffer."""
+
+_MOST_POSTPONED: Final = 1000
+"""Requests that wait for the next buffer of one job; each is a client that a gateway keeps waiting."""
+
+_MAX_STALENESS: Final = 10_000
+_MOST_REMEMBERED: Final = 5_000_000
+"""Updates of one job whose contributors are kept in memory, so that none of them counts twice."""
 
 
 class GatewayRequests:
@@ -89,6 +100,8 @@ class GatewayRequests:
         self._hear_news = hear_news
         self._retiring: set[str] = set()
         """Names of deleted jobs whose directories are not put away yet."""
+        self._postponed: dict[str, list[tuple[GatewayConnection, Admit | Commit]]] = {}
+        """By job, what came while its buffer was being closed, in the order in which it came."""
 
     def answer(self, connection: GatewayConnection, request: ToCoordinator) -> Message | None:
         """Answer a request; None when the answer comes later. Raises `Refused`."""
@@ -100,6 +113,8 @@ class GatewayRequests:
                 return Acknowledged()
             case Commit():
                 return self._commit(connection, request)
+            case SelectClient():
+                return self._select(request)
             case AcquireModel():
                 return self._acquire_model(connection, request)
             case ReturnModel():
@@ -134,6 +149,7 @@ class GatewayRequests:
     def connection_ended(self, connection: GatewayConnection) -> None:
         """Take back what was lent over a connection."""
         self._context.subscribers.discard(connection)
+        self._forget_postponed(connection)
         for lease, job in connection.leases.items():
             self._models.give_back(job, lease)
 
@@ -157,27 +173,26 @@ class GatewayRequests:
             raise Refused(409, f"job is {job.status}", job.detail or f"job {name!r} takes no more updates")
         return job, job.round
 
-    @staticmethod
-    def _judge(round_: Round, number: int, client: str) -> Verdict | None:
-        """The verdict on an update that is not to be taken; None when it is."""
-        if number > round_.number:
-            return Verdict("early", round_.number)
-        if number < round_.number:
-            round_.late += 1
-            return Verdict("late", round_.number)
-        admission = round_.admit(client)
-        if admission == "open":
+    def _judge(self, job: Job, round_: Round, request: Admit | Commit) -> Admission:
+        return round_.judge(request.round, contributor_of(job.spec, request.client, request.round))
+
+    def _turn_away(
+        self, connection: GatewayConnection, request: Admit | Commit, round_: Round, admission: Admission
+    ) -> Message | None:
+        """The answer to an update that is not to be taken now; None when it comes with the next buffer."""
+        if admission == "closing":
+            self._postpone(connection, request)
             return None
-        return Verdict(admission, round_.number + (admission == "late"))
+        return Verdict(admission, _next_open(round_) if admission == "late" else round_.number)
 
     def _admit(self, connection: GatewayConnection, request: Admit) -> Message | None:
         job, round_ = self._find_open_round(request.job)
-        verdict = self._judge(round_, request.round, request.client)
-        if verdict is None:
-            self._idleness.wake(job)
-            job.uploads[request.gateway] = job.uploads.get(request.gateway, 0) + 1
-            return Verdict("open", round_.number)
-        return verdict
+        admission = self._judge(job, round_, request)
+        if admission != "open":
+            return self._turn_away(connection, request, round_, admission)
+        self._idleness.wake(job)
+        job.uploads[request.gateway] = job.uploads.get(request.gateway, 0) + 1
+        return Verdict("open", round_.number)
 
     def _end_upload(self, request: Commit | Abandon) -> None:
         job = self._context.jobs.get(request.job)
@@ -196,9 +211,9 @@ class GatewayRequests:
         self._end_upload(request)
         self._require_current(request.gateway, request.slot)
         job, round_ = self._find_open_round(request.job)
-        verdict = self._judge(round_, request.round, request.client)
-        if verdict is not None:
-            return verdict
+        admission = self._judge(job, round_, request)
+        if admission != "open":
+            return self._turn_away(connection, request, round_, admission)
         pool, _ = split_slot_reference(request.slot)
         if job.pools is None or pool != job.pools.updates.pool or request.slot in round_.in_slot:
             raise Refused(500, "not a slot of this job", f"slot {request.slot:#x}")
@@ -206,7 +221,7 @@ class GatewayRequests:
             # Its slot may have been emptied under it: only a gateway that lost count of its uploads gets here.
             raise Busy("the job slept meanwhile", "send the update again", retry_after=0.1)
         update = round_.accept(
-            request.client,
+            contributor_of(job.spec, request.client, request.round),
             request.slot,
             request.generation,
             request.num_samples,
@@ -222,6 +237,58 @@ class GatewayRequests:
         destination = record.endpoint if record is not None and record.assigned else 0
         return Verdict("accepted", round_.number, destination)
 
+    def _select(self, request: SelectClient) -> Selection:
+        job, round_ = self._find_open_round(request.job)
+        time_ = round_.time_of(request.round)
+        if time_ == "open" and not round_.is_buffer and round_.status != "open":
+            time_ = "late"
+        if time_ != "open":
+            return Selection(time_, _next_open(round_) if time_ == "late" else round_.number)
+        if not job.spec.over_selection:
+            return Selection("everyone", round_.number)
+        status = round_.select(request.client)
+        return Selection(status, round_.number, len(round_.selected), places_of(job.spec))
+
+    # --- updates that come while a buffer is being closed ----------------------------------------------------
+
+    def _postpone(self, connection: GatewayConnection, request: Admit | Commit) -> None:
+        """Answer the request when the next buffer is open. Raises `Busy` when too many wait already."""
+        waiting = self._postponed.setdefault(request.job, [])
+        if len(waiting) >= _MOST_POSTPONED:
+            raise Busy("closing", "the buffer is being closed, and many wait for the next one", retry_after=0.1)
+        waiting.append((connection, request))
+        if isinstance(request, Commit):  # its upload is not at its end: the slot must stay as it is
+            job = self._context.jobs[request.job]
+            job.uploads[request.gateway] = job.uploads.get(request.gateway, 0) + 1
+
+    def answer_postponed(self) -> None:
+        """Answer what was postponed, where no buffer is being closed any more."""
+        for name in [name for name in self._postponed if not self._is_closing(name)]:
+            for connection, request in self._postponed.pop(name):
+                answer_request(self._answer_again, connection, request)
+
+    def _is_closing(self, name: str) -> bool:
+        job = self._context.jobs.get(name)
+        return job is not None and job.status == "running" and job.round is not None and job.round.status != "open"
+
+    def _answer_again(self, connection: GatewayConnection, request: ToCoordinator) -> Message | None:
+        answer = self.answer(connection, request)
+        if not isinstance(request, Commit) or not isinstance(answer, Verdict) or not answer.destination:
+            return answer
+        # The gateway may have stopped waiting just now, and then nobody else would send the descriptor.
+        self._context.send(answer.destination, request.slot, answer.round, Kind.UPDATE, request.generation)
+        return msgspec.structs.replace(answer, destination=0)
+
+    def _forget_postponed(self, connection: GatewayConnection) -> None:
+        """Nobody waits for these answers any more."""
+        for name, waiting in list(self._postponed.items()):
+            gone = [request for waiter, request in waiting if waiter is connection]
+            self._postponed[name] = [item for item in waiting if item[0] is not connection]
+            for request in gone:
+                if isinstance(request, Commit):
+                    self._end_upload(request)
+                    self._context.release(request.slot, request.generation, request.round)
+
     def _busy_slots(self, seat: int) -> Slots:
         # A RELEASE that found no gateway is made up for by this answer only if all news were heard before.
         self._hear_news()
@@ -233,6 +300,12 @@ class GatewayRequests:
             if job.round is not None
             for slot, update in job.round.in_slot.items()
             if self._context.seat_of(slot) == seat
+        ]
+        keys += [
+            (request.slot, request.generation)
+            for waiting in self._postponed.values()
+            for _, request in waiting
+            if isinstance(request, Commit) and self._context.seat_of(request.slot) == seat
         ]
         return Slots(tuple(keys))
 
@@ -302,6 +375,8 @@ class GatewayRequests:
     def _check(self, spec: JobSpec) -> None:
         """Raise `Refused` 422 for a job that cannot be run here."""
         check_spec(spec)
+        if self._context.member is not None and (spec.mode == "async" or spec.over_selection):
+            raise Refused(422, "not in a cluster", "asynchronous jobs and over-selection need a node on its own")
         functions = self._context.functions
         if functions is not None and spec.function not in functions:
             known = ", ".join(sorted(functions)) or "none"
@@ -311,6 +386,8 @@ class GatewayRequests:
         zygote = self._workforce.zygote(spec.function)
         if zygote is not None and zygote.failure:
             raise Refused(422, "the function cannot be used", zygote.failure)
+        if zygote is not None and zygote.gather:
+            require_streaming(spec)
 
     def _delete(self, connection: GatewayConnection, name: str) -> Message | None:
         job = self._find(name)
@@ -407,6 +484,11 @@ class GatewayRequests:
         connection.answer(Nodes((node,)))
 
 
+def _next_open(round_: Round) -> int:
+    """The round that takes updates, or will when this one is closed."""
+    return round_.number + (round_.status != "open")
+
+
 # --- in the background thread ----------------------------------------------------------------------------------
 
 
@@ -452,5 +534,24 @@ def check_spec(spec: JobSpec) -> None:
         problems.append("keep_checkpoints: 0 (all) or more")
     if not JOB_NAME.fullmatch(spec.function.replace("_", "-")):
         problems.append("function: the name of a function of the project")
+    problems += _wrong_with_participation(spec)
     if problems:
         raise Refused(422, "invalid job", "; ".join(problems))
+
+
+def _wrong_with_participation(spec: JobSpec) -> list[str]:
+    """What is wrong with the fields that say which updates a round takes."""
+    problems = []
+    if not 0 <= spec.max_staleness <= _MAX_STALENESS:
+        problems.append(f"max_staleness: from 0 to {_MAX_STALENESS:,} rounds")
+    if not 0 <= spec.staleness_exponent <= 10:
+        problems.append("staleness_exponent: from 0 (all count alike) to 10")
+    if not 0 <= spec.over_selection <= 10:
+        problems.append("over_selection: from 0 (everyone may take part) to 10")
+    if spec.mode == "async" and spec.over_selection:
+        problems.append("over_selection: for mode sync; in an asynchronous job everyone may take part")
+    if spec.mode == "async" and spec.goal * spec.max_staleness > _MOST_REMEMBERED:
+        problems.append(
+            f"max_staleness: times the goal at most {_MOST_REMEMBERED:,}, for so many updates are remembered"
+        )
+    return problems

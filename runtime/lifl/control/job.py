@@ -6,10 +6,11 @@ import hashlib
 import os
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
+from lifl.control.earlier_updates import EarlierUpdates
 from lifl.control.hierarchy import PendingEstimate
 from lifl.control.job_store import JobStore
 from lifl.control.latencies import LatencyHistogram
@@ -114,6 +115,8 @@ class Job:
     """The newest complete rounds of this life of the coordinator, oldest first; the journal has all."""
     recent: deque[Round] = field(default_factory=deque)
     """Of these the last few, with each of their updates."""
+    earlier: EarlierUpdates = field(default_factory=EarlierUpdates)
+    """What was counted in earlier buffers, if it is asynchronous."""
     latencies: LatencyHistogram = field(default_factory=LatencyHistogram)
     """Of all updates that were folded in this life of the coordinator."""
     model_round: int = 0
@@ -201,6 +204,8 @@ class Job:
     def pool_infos(self, pool: int, cores: int, gateways: int) -> tuple[PoolInfo, PoolInfo]:
         """Dimension the two pools (ids `pool` and `pool + 1`). Raises `Refused` 422/507 when they cannot fit."""
         assert self.layout is not None
+        if self.gather:
+            require_streaming(self.spec)
         header = len(self.layout.header)
         sums = AccumulatorLayout(self.layout, self.spec.precision).nbytes
         # In a cluster the sums of other nodes come into update slots.
@@ -260,6 +265,13 @@ class Job:
         self.recent.append(complete)
         while len(self.recent) > _RECENT_ROUNDS or sum(len(old.log) for old in self.recent) > _RECENT_UPDATES:
             self.recent.popleft()
+        if self.spec.mode == "async":
+            self.remember_counted(complete.number + 1, complete.updates)
+
+    def remember_counted(self, following: int, contributors: Iterable[str]) -> None:
+        """Note what counts in the model of round `following`, as far as it may be sent again."""
+        self.earlier.add(contributors)
+        self.earlier.forget_before(following - self.spec.max_staleness)
 
     def rounds_with_updates(self) -> dict[int, Round]:
         """By number, the rounds whose updates are known one by one: the last complete ones and the open one."""
@@ -295,6 +307,17 @@ class Job:
             checkpointed_round=self.checkpointed_round,
             workers=sum(worker.endpoint != 0 for worker in self.workers.values()),
             detail=self.detail,
+        )
+
+
+def require_streaming(spec: JobSpec) -> None:
+    """Raise `Refused` 422 if a job cannot have a function that wants all updates of a round at once."""
+    if spec.mode == "async":
+        raise Refused(
+            422,
+            "not for a gathering function",
+            f"{spec.function!r} compares all updates of a round with each other, but those of an asynchronous job "
+            "are differences to different models; use mode sync, or a function that streams",
         )
 
 

@@ -27,6 +27,7 @@ from lifl.messages import JobSpec, RoundState
 from lifl.model_layout import MAX_HEADER_BYTES
 
 _CHECKPOINT: Final = re.compile(r"round-(\d{8})\.safetensors")
+_ROUND_LINE: Final = re.compile(rb'{"event":"round","round":(\d+),')
 JOB_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 """What a job may be called: lower-case letters, digits, dashes and dots, at most 63."""
 
@@ -69,8 +70,11 @@ class JobStore:
     def append(self, entry: dict[str, Any]) -> None:
         """Add one line to the journal and see it to the disk."""
         line = json.dumps(entry, separators=(",", ":")) + "\n"
-        fd = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = os.open(self._journal, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                line = "\n" + line  # the last line is torn; this one must not become part of it
             os.write(fd, line.encode())
             os.fsync(fd)
         finally:
@@ -80,6 +84,17 @@ class JobStore:
         """Note a complete round: which clients took part, and with what weight."""
         clients = {update.client: update.num_samples for update in round_.updates.values()}
         self.append({"event": "round", "round": round_.number, "clients": clients, "act": round_.act})
+
+    def contributors(self, first: int, end: int) -> dict[int, list[str]]:
+        """Whose updates are in the rounds from `first` to before `end`; the last line about a round counts."""
+        found: dict[int, list[str]] = {}
+        with open(self._journal, "rb") as journal:
+            for line in journal:
+                match = _ROUND_LINE.match(line)
+                if match is not None and first <= int(match[1]) < end:
+                    with contextlib.suppress(ValueError):
+                        found[int(match[1])] = list(json.loads(line)["clients"])
+        return found
 
     def find_round(self, number: int) -> RoundState | None:
         """A complete round as far as the journal tells: what it does not name (late, leaves...) is 0."""

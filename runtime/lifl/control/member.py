@@ -41,6 +41,7 @@ from lifl.control.rounds import Rounds
 from lifl.control.workforce import Workforce, Zygote
 from lifl.errors import LiflError
 from lifl.messages import Acknowledged, Problem
+from lifl.model_layout import AccumulatorLayout
 
 _RETRY_SECONDS: Final = 0.1
 """After which a model that nobody gave is asked for again."""
@@ -86,11 +87,14 @@ class Member:
 
     def _note(self, order: JobOrder) -> None:
         job = self._context.jobs.get(order.job)
-        if job is not None and (job.nonce != order.nonce or order.status == "deleted"):
-            self._forget(job)
-            job = None
         if order.status == "deleted":
+            if job is not None:
+                self._forget(job)
             return
+        if job is not None and job.nonce != order.nonce:
+            # Another life of the job: rolled back to an older model, or deleted and made anew under the same name.
+            self._drop(job)
+            job = None
         if job is None:
             job = self._adopt(order)
         member = job.member
@@ -147,6 +151,8 @@ class Member:
                 self._drop(job)
                 job.status = "waiting-for-model"  # with a model: gateways ask clients to come again
                 self._context.publish(job)
+        for name, zygote in self._workforce.zygotes():
+            self.function_ready(name, zygote)
 
     # --- functions -------------------------------------------------------------------------------------------
 
@@ -165,6 +171,8 @@ class Member:
             self._end(job)
             return
         if job.round is not None and job.round.number != order.round:
+            if member.is_offering and order.model_round == job.round.number + 1:
+                return  # the model is our own; the answer that says so comes next
             self._end_round(job, job.round)
         if job.pools is None or job.installing:
             return
@@ -370,9 +378,12 @@ class Member:
         round_.status = "closing"
         round_.closed_once = True
         member.applied = wanted
-        self._workforce.close_round(job)
         if is_new_parent:
+            # The end of the round is told with the new parent: sums must not become a model here before that.
+            self._workforce.start_missing(job)
             self._workforce.assign_top(job)
+        else:
+            self._workforce.close_round(job)
 
     def _reopen(self, job: Job, round_: Round) -> None:
         """The round takes updates again, or has not begun to close."""
@@ -382,9 +393,8 @@ class Member:
         if round_.status == "closing":
             round_.status = "open"
             member.applied = ()
-            if round_.uplink:
-                round_.uplink = 0
-                self._workforce.assign_top(job)
+            round_.uplink = 0
+            self._workforce.assign_top(job)  # which forgets how many inputs it was told to expect
 
     def _fetch_state(self, job: Job) -> None:
         """A new top needs the server optimiser's arrays, which the last one had."""
@@ -399,8 +409,10 @@ class Member:
         assert job.pools is not None
         problem = None
         try:
-            memory = job.pools.memory
-            arrays = [memory.payload(job.state_slot(n, order.round)) for n in range(job.state_arrays)]
+            assert job.layout is not None
+            size = AccumulatorLayout(job.layout, job.spec.precision).nbytes
+            slots = [job.state_slot(array, order.round) for array in range(job.state_arrays)]
+            arrays = [job.pools.memory.payload(slot, size) for slot in slots]
             assert isinstance(job.models, PeerModels)
             job.models.pull_state(order.round, arrays)
         except (OSError, LiflError, ValueError) as error:

@@ -327,6 +327,8 @@ class MemberRequests(GatewayRequests):
         wanted = request.round or job.model_round
         if not job.model_round or (job.pools is not None and member.held_round == wanted and not job.installing):
             return super()._acquire_model(connection, request)
+        if member.is_offering and job.round is not None and wanted == job.round.number + 1:
+            raise Busy("not there yet", "the model was just made here", retry_after=0.02)
         if wanted != member.order.model_round:
             raise Refused(
                 404, "no such model", f"this node has no model of round {wanted}; the coordinator may have it"

@@ -17,7 +17,7 @@ from lifl.control.job import Job
 from lifl.control.job_memory import JobMemory
 from lifl.control.round import Round
 from lifl.control.workforce import Workforce
-from lifl.errors import Refused
+from lifl.errors import Busy, Refused
 from lifl.messages import ModelSource
 from lifl.model_layout import AccumulatorLayout
 
@@ -78,7 +78,7 @@ class ModelKeeper:
     def source(self, job: Job, round_number: int) -> ModelSource:
         """Where a reader finds the model that starts this round (0: the newest): on disk, or lent in memory.
 
-        Raises `Refused` 404 when it is not kept or not there yet.
+        Raises `Refused` 404 when it is not kept or not there yet, `Busy` while it is being written.
         """
         if not job.model_round:
             raise Refused(404, "no model yet", f"job {job.spec.name!r} has no initial model")
@@ -93,6 +93,8 @@ class ModelKeeper:
         if number <= job.checkpointed_round:
             oldest = min(job.checkpoints, default=job.model_round)
             raise Refused(404, "no such model", f"round {number} is not kept; kept from round {oldest}")
+        if number < job.model_round:
+            raise Busy("not on disk yet", f"the model of round {number} is being written", retry_after=0.2)
         if number != job.model_round:
             raise Refused(404, "no such model", f"round {number} has not begun; the newest is {job.model_round}")
         lease = self.lend(job, number)
@@ -128,7 +130,11 @@ class ModelKeeper:
         self._context.background.put(partial(self._write, checkpoint))
 
     def _write(self, checkpoint: _Checkpoint) -> Continuation:
-        """In the background thread: the files, then the journal, so that the journal names what is there."""
+        """In the background thread: the journal, then the files.
+
+        After a restart the journal has to tell whose updates are in the newest model that is found. A line whose
+        model never came is followed by another one about the same round, which counts instead.
+        """
         job, following = checkpoint.job, checkpoint.following
         assert job.pools is not None
         assert job.layout is not None
@@ -137,11 +143,11 @@ class ModelKeeper:
         error = ""
         store = job.store
         try:
+            store.append_round(checkpoint.round_)
             if checkpoint.state:
                 store.write(store.state_path(following), checkpoint.state)
             parts: list[bytes | memoryview] = [len(header).to_bytes(8, "little"), header, model]
             store.write(store.checkpoint_path(following), parts)
-            store.append_round(checkpoint.round_)
             store.delete_checkpoints(checkpoint.retired)
         except OSError as failure:
             error = f"checkpoint of round {following} not written: {failure}"

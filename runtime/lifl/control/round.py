@@ -4,6 +4,9 @@
 
 A rejected update (not finite) leaves the count again, so a closing round may wait for one more; such a replacement
 always goes to the top, because a leaf that has sent its partial aggregate takes no more.
+
+In an asynchronous job a round is one buffer: it also takes differences to earlier rounds' models. What comes while
+it is being closed waits for the next one.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lifl.control.earlier_updates import EarlierUpdates
 from lifl.control.hierarchy import Hierarchy
 from lifl.descriptor import Kind
 from lifl.messages import JobSpec, RoundState, UpdateState
 
-Admission = Literal["open", "duplicate", "late"]
+Admission = Literal["open", "duplicate", "late", "early", "unselected", "closing"]
+Selected = Literal["selected", "again", "enough"]
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +30,7 @@ class AcceptedUpdate:
     """One client's update, counted once."""
 
     client: str
+    """Its contributor: see `lifl.staleness.contributor_of`."""
     slot: int
     generation: int
     num_samples: float
@@ -123,6 +129,10 @@ class Round:
     """Workers for which an update already waited when they joined."""
     closed_once: bool = False
     """Leaves may have sent their partial aggregates already."""
+    earlier: EarlierUpdates = field(default_factory=EarlierUpdates)
+    """What was counted in earlier buffers of an asynchronous job."""
+    selected: set[str] = field(default_factory=set)
+    """Clients that have a place in the round, if the job selects clients."""
 
     def __post_init__(self) -> None:
         self.aggregators = [Aggregator(index) for index in range(self.hierarchy.leaves)]
@@ -147,20 +157,61 @@ class Round:
         """The aggregator that finishes the round."""
         return self.aggregators[self.hierarchy.top]
 
-    def admit(self, client: str) -> Admission:
-        """Say whether an update of this client would be taken; counts what is not."""
-        if client in self.updates:
+    @property
+    def is_buffer(self) -> bool:
+        """It is one of an asynchronous job."""
+        return self.spec.mode == "async"
+
+    @property
+    def oldest_base(self) -> int:
+        """The first round whose model an update of this one may have been trained from."""
+        return max(1, self.number - self.spec.max_staleness) if self.is_buffer else self.number
+
+    def time_of(self, base: int) -> Literal["early", "late", "open"]:
+        """How an update that was trained from this round's model stands in time, the status of the round aside."""
+        if base > self.number:
+            return "early"
+        return "open" if base >= self.oldest_base else "late"
+
+    def judge(self, base: int, contributor: str) -> Admission:
+        """Say whether an update trained from the model of round `base` would be taken; counts what is not.
+
+        `closing`: it would be, but the buffer is just being closed, so ask again when the next one is open. In a
+        job that selects clients, one that was not selected gets a place if there is one.
+        """
+        time = self.time_of(base)
+        if time == "open":
+            return self.admit(contributor)
+        self.late += time == "late"
+        return time
+
+    def admit(self, contributor: str) -> Admission:
+        """The same for an update whose base is right."""
+        if contributor in self.updates or contributor in self.earlier:
             self.duplicates += 1
             return "duplicate"
+        if self.status != "open" and self.is_buffer:
+            return "closing"
         if self.status != "open":
             self.late += 1
             return "late"
+        if self.spec.over_selection and self.select(contributor) == "enough":
+            return "unselected"
         return "open"
+
+    def select(self, client: str) -> Selected:
+        """Give a client a place in the round, if there is one; for jobs that select clients."""
+        if client in self.selected:
+            return "again"
+        if len(self.selected) >= places_of(self.spec):
+            return "enough"
+        self.selected.add(client)
+        return "selected"
 
     def accept(
         self, client: str, slot: int, generation: int, num_samples: float, started: float, now: float = 0.0
     ) -> AcceptedUpdate:
-        """Count an update that `admit` found open, and choose its aggregator: the one with the least to do."""
+        """Count an update that `judge` found open, and choose its aggregator: the one with the least to do."""
         candidates = [self.top] if self.closed_once else self.aggregators
         chosen = min(candidates, key=lambda place: (place.pending, place.updates, -place.index))
         update = AcceptedUpdate(client, slot, generation, num_samples, chosen.index, started, counted=now)
@@ -201,6 +252,7 @@ class Round:
         del self.updates[update.client]
         update.rejected = True
         self.rejected_clients.append(update.client)
+        self.selected.discard(update.client)  # if it cannot do better, another may
         self.status = "open"
         return update
 
@@ -271,7 +323,14 @@ class Round:
             latency_p95=_quantile(self.latencies, 0.95),
             latency_max=_quantile(self.latencies, 1.0),
             cold=self.cold,
+            selected=len(self.selected),
         )
+
+
+def places_of(spec: JobSpec) -> int:
+    """How many clients are selected for a round of a job that selects them."""
+    # 10 * (1 + 0.1) is a little more than 11 in floating point, and must not become 12.
+    return math.ceil(round(spec.goal * (1 + spec.over_selection), 6))
 
 
 def _quantile(ascending: Sequence[float], share: float) -> float:

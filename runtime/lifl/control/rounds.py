@@ -13,7 +13,7 @@ from lifl.control.job_memory import JobMemory, Outcome
 from lifl.control.model_keeper import ModelKeeper
 from lifl.control.round import AcceptedUpdate, Round
 from lifl.control.workforce import Workforce
-from lifl.descriptor import Descriptor, Kind
+from lifl.descriptor import Descriptor, Kind, model_proof
 from lifl.messages import Problem
 from lifl.slot import split_slot_reference
 
@@ -50,7 +50,7 @@ class Rounds:
 
     def open_planned(self, job: Job, number: int, plan: Hierarchy) -> None:
         """Open a round with this tree."""
-        job.round = Round(number, job.spec, plan, time.monotonic())
+        job.round = Round(number, job.spec, plan, time.monotonic(), earlier=job.earlier)
         self._workforce.begin_round(job)
 
     # --- closing -------------------------------------------------------------------------------------------
@@ -120,8 +120,11 @@ class Rounds:
         expected = job.model_slot_reference(round_.number + 1)
         if round_.status != "closing" or record.place != round_.top.index or message.slot != expected:
             return
+        contains_all = bool(message.generation & 1)
+        if message.generation != model_proof(round_.expected_inputs(round_.top), contains_all=contains_all):
+            return  # made of what the round had before it was opened once more
         rest = list(round_.in_slot.values())
-        if message.generation:
+        if contains_all:
             if any(item.aggregator != record.place for item in rest):
                 return
         elif round_.folded != round_.accepted:

@@ -77,6 +77,10 @@ class Workforce:
         """The zygote of a function, if it is there."""
         return self._zygotes.get(function)
 
+    def zygotes(self) -> list[tuple[str, Zygote]]:
+        """All that are there, by function."""
+        return list(self._zygotes.items())
+
     def need_function(self, function: str) -> None:
         """Have the supervisor start the function's zygote, unless it was told before."""
         if function not in self._asked_for:
@@ -140,6 +144,7 @@ class Workforce:
             state_slots=job.state_slots,
             timing=job.spec.timing,
             precision=job.spec.precision,
+            staleness_exponent=job.spec.staleness_exponent if job.spec.mode == "async" else 0.0,
         )
 
     def _start_requested(self, job: Job, specs: tuple[WorkerSpec, ...], done: Done, fds: list[int]) -> None:

@@ -1,0 +1,135 @@
+"""The platform's coordinator as simulated nodes see it: the real one, which takes its time to answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, TypeVar
+
+from lifl.cluster.coordinator import ClusterCoordinator
+from lifl.cluster.journal import Journal
+from lifl.cluster.messages import (
+    CountUpdate,
+    Counted,
+    FunctionFacts,
+    JobOrder,
+    MemberMessage,
+    MemberMessages,
+    ModelHeld,
+    ModelMade,
+    NodeLoad,
+    OrdersRequest,
+    PartialDelivered,
+    Placed,
+    PlaceUpdate,
+    Register,
+)
+from lifl.messages import Acknowledged, DescribeRound, JobSpec, Message, RoundState
+
+from lifl_bench.simulation.costs import Costs
+from lifl_bench.simulation.events import EventLoop
+
+ADDRESS: Final = "coordinator"
+"""Where models can be had that no node has."""
+_ENDLESS_LEASE_S: Final = 1e12
+_FORGET_EVERY: Final = 1000
+
+_Answer = TypeVar("_Answer", bound=Message)
+
+
+class Coordinator:
+    """Asks `ClusterCoordinator`, and keeps account of the time that it takes: one message after another."""
+
+    def __init__(self, spec: JobSpec, costs: Costs, loop: EventLoop) -> None:
+        self.cpu_s = 0.0
+        self._spec = spec
+        self._costs = costs
+        self._loop = loop
+        self._free = 0.0
+        """When it has dealt with all messages so far."""
+        self._asked = 0
+        self._journal = Journal(Path(":memory:"))
+        self._real = ClusterCoordinator(
+            self._journal, 0.0, own_address=ADDRESS, lease_seconds=_ENDLESS_LEASE_S
+        )
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        self._journal.close()
+
+    def work(self, messages: int = 1) -> float:
+        """Take the time for messages, after those that came before; when it is over."""
+        seconds = messages * self._costs.message_s
+        self.cpu_s += seconds
+        self._free = max(self._free, self._loop.now) + seconds
+        return self._free
+
+    # --- what nodes say ------------------------------------------------------------------------------------
+
+    def join(self, name: str, cores: int, capacity: float) -> None:
+        """A node registers."""
+        self._real.register(Register(name, name, name, name, cores, 0, "ebpf", (), capacity), self._loop.now)
+
+    def begin(self, first_node: str) -> None:
+        """Create the job with its initial model: round 1 opens."""
+        self._real.create_job(self._spec)
+        self._ask(first_node, FunctionFacts(self._spec.function, gather=False, state_arrays=0), Acknowledged)
+        self._real.model_installed(self._spec.name, self._real.require_no_model(self._spec.name).nonce, self._loop.now)
+
+    def _ask(self, node: str, message: MemberMessage, kind: type[_Answer]) -> _Answer:
+        now = self._loop.now
+        (answer,) = self._real.answer(node, MemberMessages(node, (message,)), now, now)
+        if not isinstance(answer, kind):
+            raise RuntimeError(f"the coordinator answers {message!r} with {answer!r}")
+        self._asked += 1
+        if self._asked % _FORGET_EVERY == 0:
+            self._journal.take()  # nothing here has to survive
+        return answer
+
+    def place(self, node: str, number: int, client: str) -> Placed:
+        """Where an update of a client that came to this node belongs."""
+        return self._ask(node, PlaceUpdate(self._spec.name, number, client), Placed)
+
+    def count(self, node: str, order: JobOrder, client: str) -> Counted:
+        """An update is complete on this node."""
+        message = CountUpdate(order.job, order.nonce, order.round, order.attempt, client, 1.0)
+        return self._ask(node, message, Counted)
+
+    def partial_delivered(self, top: str, order: JobOrder, source: str, updates: int, nbytes: int) -> None:
+        """The top has another node's partial aggregate."""
+        message = PartialDelivered(
+            order.job, order.round, order.attempt, order.epoch, source, updates, nbytes
+        )
+        self._ask(top, message, Acknowledged)
+
+    def model_made(self, top: str, order: JobOrder, contributors: tuple[str, ...], updates: int) -> RoundState:
+        """The top has the model; the round as it is then."""
+        message = ModelMade(
+            order.job, order.round, order.attempt, order.epoch, contributors, updates, float(updates)
+        )
+        self._ask(top, message, Acknowledged)
+        return self._ask(top, DescribeRound(order.job, order.round), RoundState)
+
+    def model_held(self, node: str, order: JobOrder) -> None:
+        """The node has the newest model."""
+        self._ask(node, ModelHeld(order.job, order.attempt, order.model_round), Acknowledged)
+
+    def tick(self) -> None:
+        """A deadline has passed."""
+        self._real.tick(self._loop.now)
+
+    # --- what nodes are told -------------------------------------------------------------------------------
+
+    def note_load(self, node: str, seen: dict[str, int], load: NodeLoad) -> None:
+        """A node's heartbeat."""
+        self._real.note_request(node, OrdersRequest(node, seen, load), self._loop.now, self._loop.now)
+
+    def orders(self, node: str, seen: dict[str, int], load: NodeLoad) -> JobOrder | None:
+        """What is new for a node that has carried out `seen`."""
+        request = OrdersRequest(node, seen, load)
+        member = self._real.note_request(node, request, self._loop.now, self._loop.now)
+        orders = self._real.orders(member)
+        return orders.jobs[0] if orders is not None and orders.jobs else None
+
+    def take_news(self) -> set[str] | None:
+        """Nodes that there are new orders for since the last call; None for all."""
+        return self._real.news.take()

@@ -1,0 +1,342 @@
+"""What becomes of the jobs of a cluster: made, run from round to round, gone back, complete, failed, deleted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from lifl.cluster.cluster_job import ClusterJob, CompleteRound, FunctionKind
+from lifl.cluster.cluster_round import ClusterRound
+from lifl.cluster.journal import COUNTED, JobRow, Journal
+from lifl.cluster.members import Member, Members
+from lifl.cluster.order_news import OrderNews
+from lifl.cluster.placements import Placements
+from lifl.control.gateway_requests import check_spec
+from lifl.errors import Refused
+from lifl.messages import JobSpec
+
+log = logging.getLogger("lifl.coordinator")
+
+_BROKEN_NODES: Final = 3
+"""Nodes on which a job cannot go on before nobody tries another."""
+
+
+@dataclass
+class Totals:
+    """Counted since the process started."""
+
+    counted: int = 0
+    lost: int = 0
+    rejected: int = 0
+    rounds: int = 0
+    rollbacks: int = 0
+
+
+class ClusterJobs:
+    """Owns the jobs."""
+
+    def __init__(self, journal: Journal, members: Members, news: OrderNews) -> None:
+        self.journal = journal
+        self.members = members
+        self.news = news
+        self.by_name: dict[str, ClusterJob] = {}
+        self.deleted: dict[str, ClusterJob] = {}
+        """Jobs that some node has not heard the end of."""
+        self.kinds: dict[str, FunctionKind] = {}
+        """What is known of functions, by name."""
+        self.placements = Placements(members, self.by_name)
+        self.totals = Totals()
+        self.ended_rounds = 0
+        """Grows whenever there may be a round to compact."""
+
+    def find(self, name: str) -> ClusterJob:
+        """A job; raises Refused 404 when there is none of this name."""
+        job = self.by_name.get(name)
+        if job is None:
+            raise Refused(404, "no such job", f"there is no job {name!r} here; POST /v1/jobs makes one")
+        return job
+
+    def round_key(self, name: str, number: int) -> int:
+        """The journal's row of a round that is open or complete; raises Refused 404."""
+        job = self.find(name)
+        if job.round is not None and job.round.number == number:
+            return job.round.key
+        for complete in job.recent:
+            if complete.number == number:
+                return complete.key
+        found = self.journal.find_round(job.key, number)
+        if found is None or found[0].status != "complete":
+            raise Refused(404, "no such round", f"round {number} of job {name!r} is not known here")
+        return found[0].key
+
+    # --- beginning and end -----------------------------------------------------------------------------------
+
+    def create(self, spec: JobSpec) -> ClusterJob:
+        """Make a job; the same again is not an error. Raises Refused 409 or 422."""
+        existing = self.by_name.get(spec.name)
+        if existing is not None and existing.spec == spec:
+            return existing
+        if existing is not None:
+            raise Refused(
+                409, "name taken", f"another job is called {spec.name!r}; DELETE it or choose another name"
+            )
+        check_spec(spec)
+        self._require_function(spec.function)
+        former = self.deleted.get(spec.name)
+        if former is not None:
+            self._retire(former)  # orders of the new one, with another nonce, say the same
+        job = ClusterJob(self.journal.new_key("jobs"), spec, self.journal, self.members, self.news, self.kinds)
+        self.by_name[spec.name] = job
+        job.reindex_all()
+        job.touch()
+        job.tell_all()
+        return job
+
+    def _require_function(self, function: str) -> None:
+        members = list(self.members.living)
+        if members and not any(member.has_function(function) for member in members):
+            failures = [
+                detail for member in members for name, detail in member.failures.items() if name == function
+            ]
+            if failures:
+                raise Refused(422, "the function cannot be used", failures[0])
+            raise Refused(422, "no such function", f"no node of the cluster has a function {function!r}")
+
+    def begin(self, job: ClusterJob, now: float) -> None:
+        """The initial model is stored: open round 1."""
+        job.status = "running"
+        job.model_round = job.made_round = 1
+        job.stored(1)
+        job.open_round(1, now)
+        job.tell_all()
+
+    def fail(self, job: ClusterJob, detail: str) -> None:
+        """Give a job up."""
+        log.error("job %s failed: %s", job.name, detail)
+        job.status, job.detail = "failed", detail
+        self._give_up_round(job)
+        job.touch()
+        job.tell_all()
+
+    def delete(self, job: ClusterJob) -> None:
+        """Stop a job for good; the nodes hear of it until each has said so."""
+        job.status = "deleted"
+        self._give_up_round(job)
+        del self.by_name[job.name]
+        job.unaware = {member.incarnation for member in self.members.living}
+        self.deleted[job.name] = job
+        job.touch()
+        job.tell_all()
+        self._retire_if_known(job)
+
+    def note_aware(self, job: ClusterJob, incarnation: str) -> None:
+        """A node knows that a job was deleted, or need not know any more."""
+        job.unaware.discard(incarnation)
+        self._retire_if_known(job)
+
+    def _retire_if_known(self, job: ClusterJob) -> None:
+        if not job.unaware:
+            self._retire(job)
+
+    def _retire(self, job: ClusterJob) -> None:
+        self.deleted.pop(job.name, None)
+        job.is_retired = True
+        self.ended_rounds += 1
+        job.touch()
+
+    def _give_up_round(self, job: ClusterJob) -> None:
+        if job.round is not None:
+            self.placements.release_all(job.round)
+            if not job.round.is_complete:
+                self.journal.undo_rounds(job.key, job.round.number)
+            job.round = None
+
+    # --- from round to round ---------------------------------------------------------------------------------
+
+    def settle(self, job: ClusterJob, now: float) -> None:
+        """Close the round if it has what it needs."""
+        if job.round is not None and job.round.try_close(now, job.choose_top):
+            job.tell_all()
+
+    def complete(self, job: ClusterJob, round_: ClusterRound, now: float) -> None:
+        """The model of the round was made."""
+        self.placements.release_all(round_)
+        job.remember(round_, round_.state(job.name_of))
+        job.made(round_.number + 1, round_.top)
+        job.touch()
+        self.totals.rounds += 1
+        self.ended_rounds += 1
+        if job.spec.durability == "async":
+            self.publish(job, now)
+
+    def publish(self, job: ClusterJob, now: float) -> None:
+        """Tell the nodes of the newest model, and open the next round if there is one."""
+        job.model_round = job.made_round
+        if job.spec.rounds and job.model_round > job.spec.rounds:
+            job.status, job.round = "complete", None
+            job.touch()
+        else:
+            job.open_round(job.model_round, now)
+        job.tell_all()
+
+    def stored(self, job: ClusterJob, round_number: int, now: float) -> list[int]:
+        """A model is on the coordinator's disk; the rounds whose checkpoints are not to be kept any longer."""
+        surplus = job.stored(round_number)
+        if job.model_round < job.made_round == round_number and job.status == "running":
+            self.publish(job, now)
+        elif round_number == job.model_round:
+            job.tell_all()
+        return surplus
+
+    # --- nodes come and go -----------------------------------------------------------------------------------
+
+    def joined(self, member: Member) -> None:
+        """A node is a member now."""
+        for job in self.by_name.values():
+            job.reindex(member)
+
+    def reindex(self, member: Member) -> None:
+        """A node may get updates now, or no longer."""
+        self.joined(member)
+
+    def lost(self, member: Member, now: float) -> None:
+        """A node is a member no more."""
+        for job in list(self.by_name.values()):
+            job.versions.pop(member.incarnation, None)
+            if job.remove_holder(member):
+                job.tell_all()
+            self._lose_share(job, member, now)
+        for job in list(self.deleted.values()):
+            self.note_aware(job, member.incarnation)
+
+    def _lose_share(self, job: ClusterJob, member: Member, now: float) -> None:
+        job.index.remove(member.incarnation)
+        round_ = job.round
+        if round_ is not None:
+            before = round_.lost
+            self.placements.release_all(round_, member)
+            if round_.lose(member.incarnation, now, lambda: job.tell(round_.top)):
+                job.tell_all()
+            self.totals.lost += round_.lost - before
+        if job.is_lost() and job.status in ("running", "complete"):
+            self._roll_back(job, now)
+        else:
+            self.settle(job, now)
+
+    def _roll_back(self, job: ClusterJob, now: float) -> None:
+        log.warning(
+            "job %s: the model of round %d is lost with its holders; going back to round %d",
+            job.name,
+            job.made_round,
+            job.checkpointed_round,
+        )
+        if job.round is not None:
+            self.placements.release_all(job.round)
+            self.totals.lost += 0 if job.round.is_complete else job.round.accepted
+        self.totals.rollbacks += 1
+        job.roll_back(now)
+        job.tell_all()
+
+    def note_seen(self, member: Member, job: ClusterJob, version: int, now: float) -> None:
+        """A node has carried out a version of its order."""
+        round_ = job.round
+        if round_ is None or round_.top != member.incarnation:
+            return
+        before = round_.lost
+        if round_.acknowledge(version, now):
+            self.totals.lost += round_.lost - before
+            job.tell_all()
+            self.settle(job, now)
+
+    # --- what goes wrong -------------------------------------------------------------------------------------
+
+    def learn(self, function: str, kind: FunctionKind) -> None:
+        """Note what a function asks of the platform."""
+        if self.kinds.get(function) == kind:
+            return
+        self.kinds[function] = kind
+        self.journal.save_function(function, kind.is_gathering, kind.state_arrays)
+        for job in self.by_name.values():
+            if job.spec.function == function:
+                job.reindex_all()
+
+    def break_on(self, job: ClusterJob, member: Member, detail: str, now: float) -> None:
+        """A node can do no more for a job; with too many of them it fails."""
+        if member.incarnation in job.broken or job.status not in ("running", "waiting-for-model"):
+            return
+        log.warning("job %s cannot go on on node %s: %s", job.name, member.name, detail)
+        job.broken[member.incarnation] = detail
+        self.journal.break_job(job.key, member.key, detail)
+        self._lose_share(job, member, now)
+        job.tell(member.incarnation)
+        self.fail_if_hopeless(job, detail)
+
+    def fail_if_hopeless(self, job: ClusterJob, detail: str) -> None:
+        """Fail a job that no node can do anything for, or that several could not."""
+        broken = sum(self.members.is_member(incarnation) for incarnation in job.broken)
+        if broken >= _BROKEN_NODES or not any(job.takes_part(member) for member in self.members.living):
+            self.fail(job, detail)
+
+    # --- restart ---------------------------------------------------------------------------------------------
+
+    def restore(self, now: float) -> None:
+        """Read all jobs from the journal; the members are known already."""
+        for name, is_gathering, state_arrays in self.journal.functions():
+            self.kinds[name] = FunctionKind(is_gathering, state_arrays)
+        for row in list(self.journal.jobs()):
+            job = self._restore(row, now)
+            if job.status == "deleted":
+                job.unaware = {member.incarnation for member in self.members.living}
+                self.deleted[job.name] = job
+                self._retire_if_known(job)
+            else:
+                self.by_name[job.name] = job
+                job.reindex_all()
+
+    def _restore(self, row: JobRow, now: float) -> ClusterJob:
+        journal = self.journal
+        job = ClusterJob(
+            row.key, row.decoded_spec(), journal, self.members, self.news, self.kinds, nonce=row.nonce
+        )
+        job.status, job.detail = row.status, row.detail  # type: ignore[assignment]
+        job.attempt, job.maker = row.attempt, row.maker
+        job.model_round, job.made_round = row.model_round, row.made_round
+        job.checkpointed_round, job.checkpoints = row.checkpointed_round, journal.checkpoints(row.key)
+        job.holders = dict.fromkeys(self._incarnations(journal.holders(row.key)))
+        broken = journal.broken(row.key)
+        job.broken = dict(zip(self._incarnations(broken), broken.values(), strict=True))
+        self._restore_history(job)
+        job.tell_all()
+        if row.round and job.status == "running":
+            self._restore_round(job, row.round, now)
+        return job
+
+    def _incarnations(self, keys: Iterable[int]) -> list[str]:
+        return [self.members.by_key(key).incarnation for key in keys]
+
+    def _restore_history(self, job: ClusterJob) -> None:
+        for row, state, reports in self.journal.complete_rounds(job.key):
+            complete = CompleteRound(row.key, row.number, row.attempt, state)
+            for key, report in reports.items():
+                complete.add(self.members.by_key(key).incarnation, report)
+            job.recent.append(complete)
+        last = job.last
+        if last is not None and (last.number, last.attempt) == (job.made_round - 1, job.attempt):
+            job.counted_before = {
+                client: self.members.by_key(key).incarnation
+                for _, client, key, _, state in self.journal.updates_of(last.key)
+                if state == COUNTED
+            }
+
+    def _restore_round(self, job: ClusterJob, number: int, now: float) -> None:
+        row = self.journal.round_of(job.key, number, job.attempt)
+        able = {
+            member.key: (member.incarnation, member.is_member and member.incarnation not in job.broken)
+            for member in self.members.all
+        }
+        job.round = ClusterRound.restore(row, job.spec, self.journal, able, now)
+        if not job.round.is_complete:
+            job.round.restore_fences(now, job.version)
+        job.plan()

@@ -1,0 +1,345 @@
+"""The coordinator as a service for many threads: one lock, group commit, long polls, and what goes on behind.
+
+Every call acts on the coordinator under the lock, and returns when all that its answer may depend on is in the
+journal. Three kinds of threads work by themselves, and sleep while there is nothing to do: one ends leases and
+rounds when their time has come, some fetch models to store them, one compacts rounds that are over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+from lifl.cluster.checkpoints import CheckpointStore, FetchModel, sync_file
+from lifl.cluster.coordinator import CheckpointTask, ClusterCoordinator
+from lifl.cluster.group_commit import GroupCommit
+from lifl.cluster.journal import UpdateRecord
+from lifl.cluster.members import Expired, Member
+from lifl.cluster.messages import Answers, Leave, MemberMessages, Orders, OrdersRequest, Register, Registered
+from lifl.errors import LiflError, Refused
+from lifl.messages import JobSpec, JobState
+
+log = logging.getLogger("lifl.coordinator")
+
+T = TypeVar("T")
+
+_FETCHING_THREADS: Final = 2
+_RETRY_SECONDS: Final = 1.0
+"""After a model could not be fetched."""
+_OVERSLEPT_SECONDS: Final = 1.0
+"""Waking so much later than asked for, the process was stopped and could not have heard its members."""
+_STOP_SECONDS: Final = 5.0
+
+
+class ClusterService:
+    """Runs a coordinator; all methods may be called from any thread."""
+
+    def __init__(
+        self,
+        coordinator: ClusterCoordinator,
+        store: CheckpointStore,
+        fetch: FetchModel,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_failure` is called once when the journal cannot be written: the process has to end then."""
+        self.coordinator = coordinator
+        self.store = store
+        self._fetch = fetch
+        self._on_failure = on_failure
+        self._commits = GroupCommit(coordinator.journal)
+        self._lock = threading.Lock()
+        self._polls: dict[str, threading.Condition] = {}
+        """Who waits for orders, by incarnation; all conditions are of the one lock."""
+        self._timer = threading.Condition(self._lock)
+        self._timer_due: float | None = None
+        self._fetching = threading.Condition(self._lock)
+        self._fetched: dict[str, float] = {}
+        """Jobs whose model is being fetched, or when it may be tried again."""
+        self._old_rounds = threading.Condition(self._lock)
+        self._ended_rounds = -1
+        self._is_stopping = False
+        self._threads = [
+            threading.Thread(target=self._run_timer, name="timer", daemon=True),
+            threading.Thread(target=self._run_compaction, name="compaction", daemon=True),
+            *(
+                threading.Thread(target=self._run_fetching, name="checkpoints", daemon=True)
+                for _ in range(_FETCHING_THREADS)
+            ),
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Answer whoever waits, end the threads, commit what is left and close the journal.
+
+        Called when no request is being answered any more, but for long polls.
+        """
+        self.release()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(_STOP_SECONDS)
+        with self._lock:
+            ticket = self._finish()
+        with contextlib.suppress(LiflError):
+            self._commits.wait(ticket)
+        self.coordinator.journal.close()
+
+    def release(self) -> None:
+        """Let long polls be answered at once from now on, and the threads end."""
+        with self._lock:
+            self._is_stopping = True
+            for condition in (self._timer, self._fetching, self._old_rounds, *self._polls.values()):
+                condition.notify_all()
+
+    # --- calls -----------------------------------------------------------------------------------------------
+
+    def call(self, act: Callable[[ClusterCoordinator, float], T]) -> T:
+        """Do something with the coordinator; returns when it is in the journal. Raises what `act` raises."""
+        try:
+            with self._lock:
+                try:
+                    return act(self.coordinator, time.monotonic())
+                finally:
+                    ticket = self._finish()
+        finally:
+            self._wait(ticket)
+
+    def _wait(self, ticket: int) -> None:
+        try:
+            self._commits.wait(ticket)
+        except LiflError:
+            log.critical("the journal cannot be written: %s", self._commits.failure)
+            self._on_failure()
+            raise
+
+    def _finish(self) -> int:
+        """After each change, under the lock: hand the changes over, and wake whom they concern."""
+        coordinator = self.coordinator
+        if not coordinator.journal.has_changes:
+            self._wake()
+            return self._commits.add([])
+        ticket = self._commits.add(coordinator.journal.take())
+        self._wake()
+        due = coordinator.next_timer(time.monotonic())
+        if due is not None and (self._timer_due is None or due < self._timer_due):
+            self._timer.notify_all()
+        if any(task.job not in self._fetched for task in coordinator.checkpoint_tasks()):
+            self._fetching.notify_all()
+        if self._ended_rounds != coordinator.jobs.ended_rounds:
+            self._old_rounds.notify_all()
+        return ticket
+
+    def _wake(self) -> None:
+        woken = self.coordinator.news.take()
+        if woken is None:
+            for condition in self._polls.values():
+                condition.notify_all()
+            return
+        for incarnation in woken:
+            waiting = self._polls.get(incarnation)
+            if waiting is not None:
+                waiting.notify_all()
+
+    # --- members ---------------------------------------------------------------------------------------------
+
+    def register(self, request: Register) -> Registered:
+        """Make a node a member; raises Expired or Refused 422."""
+        return self.call(lambda coordinator, now: coordinator.register(request, now))
+
+    def leave(self, name: str, request: Leave) -> None:
+        """A node ends."""
+        self.call(lambda coordinator, now: coordinator.leave(name, request, now))
+
+    def answer(self, name: str, request: MemberMessages, arrived: float) -> Answers:
+        """Act on a member's messages; raises Expired."""
+        answers = self.call(lambda coordinator, now: coordinator.answer(name, request, arrived, now))
+        return Answers(tuple(answers))
+
+    def orders(self, name: str, request: OrdersRequest, arrived: float) -> Orders:
+        """What is new for a member, as soon as there is something or its time is over; raises Expired."""
+        coordinator = self.coordinator
+        until = arrived + min(request.wait, coordinator.heartbeat_seconds)
+        try:
+            with self._lock:
+                ticket = 0
+                try:
+                    member = coordinator.note_request(name, request, arrived, time.monotonic())
+                    ticket = self._finish()
+                    return self._await_orders(member, until)
+                except Expired:
+                    self._polls.pop(request.incarnation, None)
+                    raise
+                finally:
+                    ticket = max(ticket, self._finish())
+        finally:
+            self._wait(ticket)
+
+    def _await_orders(self, member: Member, until: float) -> Orders:
+        polls, incarnation = self._polls, member.incarnation
+        while True:
+            found = self.coordinator.orders(member)
+            left = until - time.monotonic()
+            if found is not None or left <= 0 or self._is_stopping:
+                return found or self.coordinator.no_orders(member)
+            condition = polls.setdefault(incarnation, threading.Condition(self._lock))
+            condition.wait(left)
+            if not member.is_member:
+                raise Expired("the lease ended while the request waited")
+
+    # --- jobs ------------------------------------------------------------------------------------------------
+
+    def create_job(self, spec: JobSpec) -> JobState:
+        """Make a job and the directory for its models; raises Refused 409 or 422."""
+
+        def act(coordinator: ClusterCoordinator, now: float) -> JobState:
+            is_new = spec.name not in coordinator.jobs.by_name
+            state = coordinator.create_job(spec)
+            if is_new:
+                self.store.make_room(spec.name)
+            return state
+
+        return self.call(act)
+
+    def delete_job(self, name: str) -> None:
+        """Stop a job; its models are kept under another name. Raises Refused 404."""
+
+        def put_away(coordinator: ClusterCoordinator, now: float) -> None:
+            if name not in coordinator.jobs.by_name:
+                self.store.retire(name)
+
+        self.call(lambda coordinator, now: coordinator.delete_job(name))
+        self.call(put_away)  # only now: a job that the journal still has needs its models
+
+    def install_model(self, name: str, path: Path) -> JobState:
+        """Take over the file of a job's initial model and open round 1; raises Refused 404 or 409."""
+
+        def act(coordinator: ClusterCoordinator, now: float) -> JobState:
+            job = coordinator.require_no_model(name)
+            self.store.adopt(path, name)
+            return coordinator.model_installed(name, job.nonce, now)
+
+        self.call(lambda coordinator, now: coordinator.require_no_model(name))
+        sync_file(path)
+        return self.call(act)
+
+    def updates_of(self, name: str, number: int, offset: int, most: int) -> tuple[str, list[UpdateRecord], int]:
+        """Status of a round, its updates from `offset` on, and how many it has. Raises Refused 404."""
+
+        def find(coordinator: ClusterCoordinator, now: float) -> tuple[int, str]:
+            status = coordinator.requests.describe_round(name, number).status
+            return coordinator.jobs.round_key(name, number), status
+
+        key, status = self.call(find)
+        records, total = self.coordinator.journal.record_of(key, offset, most)
+        return status, records, total
+
+    # --- time ------------------------------------------------------------------------------------------------
+
+    def _run_timer(self) -> None:
+        while True:
+            with self._lock:
+                if not self._sleep_until_due():
+                    return
+                self.coordinator.tick(time.monotonic())
+                ticket = self._finish()
+            with contextlib.suppress(LiflError):
+                self._wait(ticket)
+
+    def _sleep_until_due(self) -> bool:
+        """Wait, with the lock, until something is due; False when the service stops."""
+        while not self._is_stopping:
+            now = time.monotonic()
+            due = self._timer_due = self.coordinator.next_timer(now)
+            if due is not None and due <= now:
+                return True
+            asked = None if due is None else due - now
+            self._timer.wait(asked)
+            if asked is not None and time.monotonic() - now > asked + _OVERSLEPT_SECONDS:
+                self.coordinator.members.renew_all(time.monotonic())
+        return False
+
+    # --- checkpoints -----------------------------------------------------------------------------------------
+
+    def _run_fetching(self) -> None:
+        while True:
+            with self._lock:
+                task = self._next_task()
+            if task is None:
+                return
+            is_stored = self._store(task)
+            with self._lock:
+                if is_stored:
+                    del self._fetched[task.job]
+                else:
+                    self._fetched[task.job] = time.monotonic() + _RETRY_SECONDS
+                self._fetching.notify_all()
+
+    def _next_task(self) -> CheckpointTask | None:
+        """Wait, with the lock, for a model to fetch; None when the service stops."""
+        while not self._is_stopping:
+            now = time.monotonic()
+            tasks = self.coordinator.checkpoint_tasks()
+            due = [task for task in tasks if self._fetched.get(task.job, 0.0) <= now]
+            if due:
+                self._fetched[due[0].job] = float("inf")
+                return due[0]
+            times = [when for task in tasks if (when := self._fetched[task.job]) < float("inf")]
+            self._fetching.wait(min(times) - now if times else None)
+        return None
+
+    def _store(self, task: CheckpointTask) -> bool:
+        try:
+            self.store.store(task, self._fetch)
+            surplus = self.call(lambda coordinator, now: coordinator.checkpoint_stored(task, now))
+            self.store.delete(task.job, surplus or ())
+        except Exception as error:  # whatever it is, the next attempt may go well
+            log.warning("job %s: the model of round %d was not stored: %s", task.job, task.round, error)
+            return False
+        return True
+
+    # --- compaction ------------------------------------------------------------------------------------------
+
+    def _run_compaction(self) -> None:
+        journal = self.coordinator.journal
+        while True:
+            with self._lock:
+                while self._ended_rounds == self.coordinator.jobs.ended_rounds and not self._is_stopping:
+                    self._old_rounds.wait()
+                self._ended_rounds = self.coordinator.jobs.ended_rounds
+                if self._is_stopping:
+                    return
+            try:
+                for key in journal.rounds_to_compact():
+                    if not self._is_stopping:
+                        journal.compact(key)
+            except sqlite3.Error as error:  # nothing is lost by doing it later
+                log.error("rounds that are over were not compacted: %s", error)
+
+    # --- models ----------------------------------------------------------------------------------------------
+
+    def stored_model(self, name: str, number: int | None) -> tuple[JobState, int, Path | None, str]:
+        """State of a job, the round asked for or the newest, and its model's file or else a node that has it.
+
+        The node is named by the base URL of its gateways. Raises Refused 404 when there is no such job or model.
+        """
+
+        def find(coordinator: ClusterCoordinator, now: float) -> tuple[JobState, int, Path | None, str]:
+            job, state = coordinator.jobs.find(name), coordinator.requests.describe(name)
+            wanted = number or job.model_round
+            if wanted and wanted in job.checkpoints:
+                return state, wanted, self.store.model_path(name, wanted), ""
+            holders = job.sources() if wanted and wanted == job.model_round == job.made_round else []
+            if not holders:
+                raise Refused(404, "no such model", f"the model of round {wanted} is not kept here")
+            return state, wanted, None, holders[0].registration.address
+
+        return self.call(find)
