@@ -75,6 +75,13 @@ DEFAULT_MODES = "lifl,lifl-unix,broker,broker-wire,broker-stock,grpc"
     is_flag=True,
     help="Also go from the broker to LIFL in single steps, with the largest of the cells.",
 )
+@click.option(
+    "--ablation-nodes",
+    type=click.IntRange(0, 16),
+    default=2,
+    show_default=True,
+    help="Nodes (network namespaces) on which --ablation adds placement, planning and reuse; 0 leaves that out.",
+)
 @click.option("--train", is_flag=True, help="Also train a model through each mode, up to --target.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=15, show_default=True, help="Rounds of --train.")
 @click.option(
@@ -123,6 +130,7 @@ def command(
     arrival: str,
     rate: float,
     ablation: bool,
+    ablation_nodes: int,
     train: bool,
     rounds: int,
     target: float,
@@ -170,6 +178,7 @@ def command(
         environment=environment,
         results=_blank_results(arriving.describe(), repeat, chosen),
         has_broker=not absent,
+        ablation_nodes=ablation_nodes,
     )
     _check(running, report)
     running.results.notes += [*absent, *_isolate(running.results, nats_url)]

@@ -26,6 +26,7 @@ COPIES_DETAIL = "client's buffer to socket; socket to slot, where it is folded"
 _PROGRAMS = (
     ("lifl_gateway.agent", "agent"),
     ("lifl.control", "coordinator"),
+    ("lifl_gateway.coordinator", "coordinator"),
     ("lifl_gateway", "gateway"),
     ("lifl.worker_process", "worker"),
     ("lifl.zygote", "zygote"),
@@ -133,7 +134,7 @@ class LiflDeployment:
 
     def start(self) -> None:
         """Start the node, create the job, and give it its first model."""
-        project = self._write_project()
+        project = write_project(self._cell)
         arguments = [] if self._variant.start == "fork" else ["--start", self._variant.start]
         self._node = NodeProcess(
             self._cell.directory / "state",
@@ -151,18 +152,6 @@ class LiflDeployment:
             if isinstance(error, LiflError):
                 raise RuntimeError(f"the job was refused: {error}\n{log}") from error
             raise
-
-    def _write_project(self) -> Path:
-        """A project with the one function of the comparison."""
-        project = self._cell.directory / "project"
-        functions = project / "functions"
-        functions.mkdir(parents=True, exist_ok=True)
-        shutil.copy(self._cell.function, functions)
-        annotations = json.dumps({"lifl.dev/function": f"functions/{self._cell.function.name}"})
-        head = "specVersion: 0.36.0\nname: bench\nruntime: python\ncreated: 2026-01-01T00:00:00Z\n"
-        document = f"{head}deploy:\n  annotations: {annotations}\n"
-        (project / "func.yaml").write_text(document)
-        return project
 
     def _create_job(self, url: str) -> None:
         cell, variant = self._cell, self._variant
@@ -199,16 +188,8 @@ class LiflDeployment:
 
     def components(self) -> Mapping[str, Sequence[int]]:
         """The node's processes by what they are."""
-        found: dict[str, list[int]] = {name: [] for _, name in _PROGRAMS}
-        if self._node is None:
-            return found
-        stats = tree_of(self._node.pid)
-        kinds = {pid: _kind_of(pid) for pid in stats}
-        for pid, stat in stats.items():
-            # A forked worker has the command line of its zygote, and the zygote for its parent.
-            is_forked = kinds[pid] == "zygote" and kinds.get(stat.parent) == "zygote"
-            found["worker" if is_forked else kinds[pid]].append(pid)
-        return found
+        stats = tree_of(self._node.pid) if self._node is not None else {}
+        return by_component({pid: stat.parent for pid, stat in stats.items()})
 
     def folded(self, round: int) -> Sequence[float]:
         """When each client's update became part of a sum, as the coordinator has it."""
@@ -227,6 +208,30 @@ class LiflDeployment:
 
     def after_round(self, round: int) -> None:
         """Nothing to clear."""
+
+
+def write_project(cell: Cell) -> Path:
+    """A project with the one function of the comparison."""
+    project = cell.directory / "project"
+    functions = project / "functions"
+    functions.mkdir(parents=True, exist_ok=True)
+    shutil.copy(cell.function, functions)
+    annotations = json.dumps({"lifl.dev/function": f"functions/{cell.function.name}"})
+    head = "specVersion: 0.36.0\nname: bench\nruntime: python\ncreated: 2026-01-01T00:00:00Z\n"
+    document = f"{head}deploy:\n  annotations: {annotations}\n"
+    (project / "func.yaml").write_text(document)
+    return project
+
+
+def by_component(parents: Mapping[int, int]) -> Mapping[str, Sequence[int]]:
+    """Processes of LIFL by what they are, from the pid of each with its parent's."""
+    found: dict[str, list[int]] = {name: [] for _, name in _PROGRAMS}
+    kinds = {pid: _kind_of(pid) for pid in parents}
+    for pid, parent in parents.items():
+        # A forked worker has the command line of its zygote, and the zygote for its parent.
+        is_forked = kinds[pid] == "zygote" and kinds.get(parent) == "zygote"
+        found["worker" if is_forked else kinds[pid]].append(pid)
+    return found
 
 
 def client_name(client: int) -> str:

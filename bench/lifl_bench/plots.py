@@ -155,7 +155,8 @@ def draw_all(results: Results, directory: Path) -> list[Plot]:
             _draw_latencies(studio, groups)
         for groups in _pages(results):
             _draw_components(studio, groups)
-        _draw_ablation(studio, results.ablation)
+        for ablation in tables.ablations_of(results):
+            _draw_ablation(studio, ablation)
         _draw_training(studio, results.training)
     return studio.plots
 
@@ -732,11 +733,10 @@ def _draw_ablation(studio: _Studio, ablation: Sequence[AblationRow]) -> None:
     note = "Each row adds one mechanism to the row above. Outline: the row above. In brackets: change from it."
     drawing = _Drawing(figure, _AXIS_INCHES + (0.17 + 0.17 * lines) * len(ablation), note=note)
     parts = [f"{row.name}: {_step_text(row.result)}" for row in ablation]
-    cell = ablation[0].result
-    setting = Group(cell.model, cell.model_bytes, cell.updates, cell.levels, cell.leaves, (cell,)).setting
     alt = f"Medians of ACT and CPU, step by step. {'; '.join(parts)}."
-    title = f"{setting}: what each mechanism contributes"
-    studio.save(drawing, "ablation", Plot("", title, alt, "Ablation"))
+    title = f"{tables.ablation_setting(ablation)}: what each mechanism contributes"
+    name = "ablation" if ablation[0].nodes == 1 else f"ablation-{ablation[0].nodes}-nodes"
+    studio.save(drawing, name, Plot("", title, alt, "Ablation"))
 
 
 def _step_text(cell: CellResult) -> str:

@@ -76,9 +76,13 @@ def to_json(results: Results) -> str:
     group_of = {id(cell): group for group in tables.groups_of(results) for cell in group.cells}
     for position, cell in enumerate(results.cells):
         document["cells"][position]["summary"] = _cell_summary(cell) | _ratios(group_of[id(cell)], cell)
+    steps = {
+        id(row): _steps(ablation, number)
+        for ablation in tables.ablations_of(results)
+        for number, row in enumerate(ablation)
+    }
     for position, row in enumerate(results.ablation):
-        summary = _cell_summary(row.result) | _steps(results.ablation, position)
-        document["ablation"][position]["summary"] = summary
+        document["ablation"][position]["summary"] = _cell_summary(row.result) | steps[id(row)]
     for position, training in enumerate(results.training):
         document["training"][position]["summary"] = _training_summary(training)
     document["summary"] = {

@@ -71,6 +71,8 @@ class AblationRow:
 
     name: str
     result: CellResult
+    nodes: int = 1
+    """Rows of as many nodes belong together; with several, the first one has LIFL's data plane already."""
 
 
 @dataclass

@@ -14,8 +14,9 @@ from lifl.cli.common import CommandError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lifl_bench.ablation import STEPS, Step
+from lifl_bench.ablation import STEPS, Step, cluster_mode, cluster_steps
 from lifl_bench.deployment import Cell, Deployment
+from lifl_bench.hosts import why_not
 from lifl_bench.lifl_mode import LiflDeployment
 from lifl_bench.modes import Mode, Setting
 from lifl_bench.plan import CellPlan, fits_at_once, function_file
@@ -47,7 +48,10 @@ class Session:
     results: Results
     has_broker: bool = True
     """Whether the parts of the broker are there."""
+    ablation_nodes: int = 2
+    """Nodes of the ablation's second half; below 2 it is left out."""
     _steps: list[Step] = field(default_factory=list)
+    _cluster_steps: Sequence[Step] = ()
 
     def check(self) -> None:
         """Raises CommandError if something does not fit on this machine."""
@@ -59,6 +63,22 @@ class Session:
         if self.ablation is not None:
             self._steps = [step for step in STEPS if self.has_broker or not step.needs_broker]
             fits_at_once(self.ablation, [mode for mode in self.modes if mode.name == "lifl"], directory)
+            self._cluster_steps = self._find_cluster_steps(self.ablation, directory)
+
+    def _find_cluster_steps(self, plan: CellPlan, directory: Path) -> Sequence[Step]:
+        """The rows of the ablation on several nodes; none, and a note, where they cannot be run."""
+        if self.ablation_nodes < 2:
+            return ()
+        reason = why_not()
+        if not reason:
+            try:
+                fits_at_once(plan, [cluster_mode(self.ablation_nodes)], directory)
+            except CommandError as error:
+                reason = str(error)
+        if reason:
+            self._note(f"the ablation's rows on {self.ablation_nodes} nodes are left out: {reason}")
+            return ()
+        return cluster_steps(self.ablation_nodes)
 
     def run(self, console: Console) -> None:
         """Run it all; the results grow meanwhile, so that what was measured is there after Ctrl-C."""
@@ -67,12 +87,16 @@ class Session:
             for number, plan in enumerate(self.cells):
                 self._run_cell(plan, Path(directory) / f"cell-{number}", progress)
             if self.ablation is not None:
-                self._run_ablation(self.ablation, Path(directory) / "ablation", progress)
+                place = Path(directory)
+                self._run_ablation(self.ablation, self._steps, 1, place / "ablation", progress)
+                nodes = self.ablation_nodes
+                self._run_ablation(self.ablation, self._cluster_steps, nodes, place / "cluster", progress)
             if self.training is not None:
                 self._run_training(self.training, Path(directory) / "training", progress)
 
     def _count_steps(self) -> int:
-        contests = sum(len(plan.select(self.modes)) for plan in self.cells) + len(self._steps)
+        contests = sum(len(plan.select(self.modes)) for plan in self.cells)
+        contests += len(self._steps) + len(self._cluster_steps)
         turns = self.options.repeat * contests
         return turns + (self.training.rounds * len(self.modes) if self.training else 0)
 
@@ -116,17 +140,22 @@ class Session:
 
     # --- ablation ----------------------------------------------------------------------------------------------
 
-    def _run_ablation(self, plan: CellPlan, directory: Path, progress: _ProgressBar) -> None:
+    def _run_ablation(
+        self, plan: CellPlan, steps: Sequence[Step], nodes: int, directory: Path, progress: _ProgressBar
+    ) -> None:
+        if not steps:
+            return
         workload = Workload(plan.model, plan.updates)
         initial = workload.initial_model()
         contestants = []
-        for number, step in enumerate(self._steps):
+        for number, step in enumerate(steps):
             cell = self._cell(plan, directory / str(number), initial)
             result = _blank_result(step.name, plan)
-            self.results.ablation.append(AblationRow(step.name, result))
+            self.results.ablation.append(AblationRow(step.name, result, nodes))
             contestants.append(Contestant(step.deploy(cell, self.setting), workload, result))
-        progress.title = "ablation"
-        run_cell(contestants, self.options, progress, at_once=fits_at_once(plan, self.modes, directory))
+        progress.title = "ablation" if nodes == 1 else f"ablation, {nodes} nodes"
+        modes = self.modes if nodes == 1 else [cluster_mode(nodes)] * len(steps)
+        run_cell(contestants, self.options, progress, at_once=fits_at_once(plan, modes, directory))
 
     # --- training ----------------------------------------------------------------------------------------------
 

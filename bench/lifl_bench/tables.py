@@ -268,7 +268,10 @@ def sections(results: Results) -> list[Section]:
         ),
     ]
     if results.ablation:
-        found.append(Section("Ablation", _ABLATION_EXPLANATION, (_ablation_sheet(results.ablation),)))
+        sheets = tuple(_ablation_sheet(rows) for rows in ablations_of(results))
+        is_cluster = any(row.nodes > 1 for row in results.ablation)
+        explanation = _ABLATION_EXPLANATION + (_NODES_EXPLANATION if is_cluster else "")
+        found.append(Section("Ablation", explanation, sheets))
     if results.training:
         found.append(Section("Training", _training_explanation(results), (_training_sheet(results.training),)))
     return [section for section in found if section.sheets]
@@ -281,6 +284,10 @@ _COST_EXPLANATION = (
 _ABLATION_EXPLANATION = (
     "Each row adds one mechanism to the row before. "
     "STEP: times less than in the row before; TOTAL: times less than in the first."
+)
+_NODES_EXPLANATION = (
+    " On several nodes the first row has LIFL's data plane already: updates go to one node after another, each "
+    "has one aggregator, started anew for each round, which folds once all inputs are there."
 )
 
 
@@ -368,6 +375,14 @@ def _component_sheets(group: Group) -> Iterator[Sheet]:
         yield Sheet(group.title, columns, tuple(rows))
 
 
+def ablations_of(results: Results) -> list[list[AblationRow]]:
+    """The rows of the ablation that build on each other: those of one node, then those of several."""
+    found: dict[int, list[AblationRow]] = {}
+    for row in results.ablation:
+        found.setdefault(row.nodes, []).append(row)
+    return list(found.values())
+
+
 def _ablation_sheet(ablation: Sequence[AblationRow]) -> Sheet:
     columns = (
         Column("MECHANISM", 26, left=True),
@@ -382,8 +397,18 @@ def _ablation_sheet(ablation: Sequence[AblationRow]) -> Sheet:
     return Sheet(_ablation_title(ablation), columns, rows)
 
 
+def ablation_setting(ablation: Sequence[AblationRow]) -> str:
+    """What rows of the ablation that build on each other have in common: `20 x ResNet-18, two levels`."""
+    cell, nodes = ablation[0].result, ablation[0].nodes
+    if nodes > 1:  # in levels and leaves some of the rows differ
+        return f"{cell.updates} x {model_name(cell.model)}, {nodes} nodes"
+    return Group(cell.model, cell.model_bytes, cell.updates, cell.levels, cell.leaves, (cell,)).setting
+
+
 def _ablation_title(ablation: Sequence[AblationRow]) -> str:
     cell = ablation[0].result
+    if ablation[0].nodes > 1:
+        return f"{ablation_setting(ablation)}, {megabytes(cell.model_bytes)} MB each"
     return Group(cell.model, cell.model_bytes, cell.updates, cell.levels, cell.leaves, (cell,)).title
 
 
@@ -491,7 +516,9 @@ def failures(results: Results) -> list[str]:
         if not has_figures(cell)
     ]
     steps = [
-        (f"ablation, {row.name}", row.result.failure) for row in results.ablation if not has_figures(row.result)
+        (f"ablation{f' on {row.nodes} nodes' if row.nodes > 1 else ''}, {row.name}", row.result.failure)
+        for row in results.ablation
+        if not has_figures(row.result)
     ]
     trainings = [
         (f"training, {each.mode}", each.failure) for each in results.training if each.failure or not each.rounds
@@ -576,15 +603,18 @@ def _overlap(ours: CellResult, other: CellResult, values: Callable[[CellResult],
 
 
 def _ablation_findings(results: Results) -> Iterator[str]:
-    rows = [row for row in results.ablation if has_figures(row.result)]
-    if len(rows) < 2:
-        return
-    first, last = rows[0], rows[-1]
-    yield (
+    for ablation in ablations_of(results):
+        rows = [row for row in ablation if has_figures(row.result)]
+        if len(rows) > 1:
+            yield _ablation_finding(ablation, rows[0], rows[-1])
+
+
+def _ablation_finding(ablation: Sequence[AblationRow], first: AblationRow, last: AblationRow) -> str:
+    return (
         f"From '{first.name}' to '{last.name}', ACT goes from {duration(median(acts(first.result)))} to "
         f"{duration(median(acts(last.result)))} and CPU from {cpu_seconds(median(cpus(first.result)))} s to "
-        f"{cpu_seconds(median(cpus(last.result)))} s; {_largest_step(results.ablation, acts, 'ACT')} and "
-        f"{_largest_step(results.ablation, cpus, 'CPU')}."
+        f"{cpu_seconds(median(cpus(last.result)))} s; {_largest_step(ablation, acts, 'ACT')} and "
+        f"{_largest_step(ablation, cpus, 'CPU')}."
     )
 
 

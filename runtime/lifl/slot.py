@@ -197,7 +197,7 @@ class Seal(NamedTuple):
 
 
 PARTIAL_SEAL_OFFSET: Final = 2048
-"""Where, in the header page of an update slot, the seal of another node's partial aggregate lies: behind the header
+"""Where the seal of another node's partial aggregate lies in the header page of an update slot: behind the header
 that every update slot has."""
 
 

@@ -1,7 +1,7 @@
 """Clients of a cluster whose models can be explained bit for bit, and the check that does so.
 
-Parameters and weights are small whole numbers and sums are in float64, so that every sum is exact whatever its order,
-and the one rounding that is left to float32 does not depend on how the quotient was reached.
+Parameters and weights are small whole numbers and sums are in float64, so that every sum is exact whatever its
+order, and the one rounding that is left to float32 does not depend on how the quotient was reached.
 """
 
 from __future__ import annotations

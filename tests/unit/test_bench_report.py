@@ -188,6 +188,19 @@ def test_every_plot_shows_something_and_is_described(tmp_path: Path) -> None:
     assert "lifl 1" in plots[0].alt and "20 x ResNet-18" in plots[0].title
 
 
+def test_an_ablation_on_several_nodes_has_a_plot_and_steps_of_its_own(tmp_path: Path) -> None:
+    results = with_everything()
+    results.ablation += [
+        AblationRow(name, replace(make_cell("lifl"), mode=name), nodes=2) for name in ("2 nodes", "+ placement")
+    ]
+
+    files = [plot.file for plot in draw_all(results, tmp_path)]
+    rows = json.loads(to_json(results))["ablation"]
+
+    assert [file for file in files if file.startswith("ablation")] == ["ablation.png", "ablation-2-nodes.png"]
+    assert "act_step" not in rows[-2]["summary"] and rows[-1]["summary"]["act_step"] == 1
+
+
 def test_a_single_mode_with_a_single_round_can_be_drawn(tmp_path: Path) -> None:
     plots = draw_all(make_results(modes=("grpc",), rounds=1), tmp_path)
 

@@ -205,6 +205,24 @@ def test_ablation_rows_are_compared_with_the_one_before_and_the_first() -> None:
     assert "the step that lowers ACT most is '+ eBPF routing' (5.0 times)" in " ".join(text.split())
 
 
+def test_rows_on_several_nodes_are_compared_with_each_other_only() -> None:
+    results = make_results()
+    results.ablation = [
+        AblationRow("broker", make_cell("a", 8.0, 8.0)),
+        AblationRow("last", make_cell("b", 4.0, 4.0)),
+    ]
+    steps = [("2 nodes, round-robin", 1.0), ("+ placement", 0.5), ("+ eager", 0.1)]
+    results.ablation += [AblationRow(name, make_cell(name, act, act), nodes=2) for name, act in steps]
+
+    text = printed(results)
+
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert rows["2 nodes, round-robin"][3:] == ["1000", "ms", "1.00"]
+    assert rows["+ eager"][2:] == ["100", "ms", "5.0x", "10x", "0.10", "5.0x", "10x"]
+    assert "20 x ResNet-18, 2 nodes, 44.7 MB each" in text
+    assert "From '2 nodes, round-robin' to '+ eager', ACT goes" in " ".join(text.split())
+
+
 def test_a_failed_step_gets_no_credit_for_those_around_it() -> None:
     results = make_results()
     failed = replace(make_cell("b", 0.5, 0.5), failure="broken")

@@ -201,6 +201,24 @@ def test_a_retry_goes_to_the_node_where_the_update_was_placed(cluster: PaperClus
     assert cluster.coordinator.members.node(chosen.name).placed == 0
 
 
+def test_worst_fit_spreads_updates_that_come_one_by_one(tmp_path: Path) -> None:
+    cluster = PaperCluster(tmp_path, spec(placement="worst-fit"), 3, 1)
+    for node in cluster.nodes.values():
+        cluster.poll(node)
+    for number in range(6):
+        placed = cluster.send(cluster.nodes["n0"], PlaceUpdate(JOB, 1, f"c{number}"))
+        count(cluster, placed.node, f"c{number}")
+    assert sorted(share.updates for share in cluster.job.round.shares.values()) == [2, 2, 2]
+    cluster.close()
+
+
+def test_best_fit_keeps_updates_that_come_one_by_one_on_one_node(cluster: PaperCluster) -> None:
+    for number in range(4):
+        placed = cluster.send(cluster.nodes["n0"], PlaceUpdate(JOB, 1, f"c{number}"))
+        count(cluster, placed.node, f"c{number}")
+    assert len(cluster.job.round.shares) == 1
+
+
 def test_updates_for_another_round_are_late_or_early(cluster: PaperCluster) -> None:
     node = cluster.nodes["n0"]
     assert cluster.send(node, PlaceUpdate(JOB, 2, "x")) == Placed("early", 1)

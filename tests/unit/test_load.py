@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lifl.cluster.load import ExecutionEstimate, arrival_rate, residual_capacity
+from lifl.cluster.load import ExecutionEstimate, arrival_rate, limit_rate, residual_capacity
 from lifl.cluster.messages import NodeLoad
 from lifl.messages import EndpointTraffic, Role, endpoint_id
 
@@ -57,6 +57,13 @@ def test_a_rate_is_never_negative_never_above_that_of_the_arrivals_and_never_gro
     row = traffic(interarrival, last)
     sooner, later = (arrival_rate([row], last + each) for each in passed)
     assert 0 < later <= sooner <= SECOND / interarrival
+
+
+def test_after_a_burst_a_node_that_has_nothing_left_is_not_busy():
+    assert limit_rate(1000.0, 0.05, 0) == 0.0
+    assert limit_rate(1000.0, 0.05, 3) == pytest.approx(60)
+    assert limit_rate(40.0, 0.05, 3) == 40.0
+    assert limit_rate(40.0, 0.0, 0) == 40.0  # nothing is known of E yet, so nothing counts anyway
 
 
 def test_the_execution_time_is_smoothed_and_starts_with_the_first_one():

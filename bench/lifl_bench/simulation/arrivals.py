@@ -24,8 +24,8 @@ _SPREAD: Final = {"mobile": 0.3, "always-on": 0.05}
 class Trace:
     """When clients send.
 
-    `burst`: all at once. `poisson`: at random, `rate` a second. `always-on`: when they have trained. `mobile`: when
-    they have trained, after hibernating for a random time (LIFL paper: 0 to 60 s). Training times are lognormal.
+    `burst`: all at once. `poisson`: at random, `rate` a second. `always-on`: when they have trained. `mobile`:
+    after hibernating for a random time (LIFL paper: 0 to 60 s) and training. Training times are lognormal.
     """
 
     name: str = "burst"

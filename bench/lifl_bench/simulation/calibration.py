@@ -63,7 +63,7 @@ def calibrate(costs: Costs, note: Note = lambda _: None) -> Costs:
 
 
 def measure_fold() -> float:
-    """CPU seconds for each GB that a pass over four updates and the old sums reads, while all cores do the same."""
+    """CPU seconds for each GB that a pass over four updates and old sums reads, while all cores do the same."""
     cores = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         return statistics.median(pool.map(_fold, range(cores), chunksize=1))
@@ -104,7 +104,12 @@ def measure_transfer(*, with_sendfile: bool) -> tuple[float, float, float]:
 
 
 def _transfer(
-    ours: socket.socket, theirs: socket.socket, file: int, source: memoryview, target: memoryview, with_sendfile: bool
+    ours: socket.socket,
+    theirs: socket.socket,
+    file: int,
+    source: memoryview,
+    target: memoryview,
+    with_sendfile: bool,
 ) -> tuple[float, float, float]:
     """CPU seconds of the sender and of the receiver, and seconds."""
     spent = [0.0]
@@ -183,7 +188,8 @@ def _exchange(coordinator: ClusterCoordinator, journal: Journal) -> float:
     coordinator.model_installed("measured", nonce, 0.0)
     journal.flush()
     requests = [
-        msgspec.json.encode(MemberMessages("a", tuple(_messages(nonce, first)))) for first in range(0, _MESSAGES // 2, 32)
+        msgspec.json.encode(MemberMessages("a", tuple(_messages(nonce, first))))
+        for first in range(0, _MESSAGES // 2, 32)
     ]
     before = time.process_time()
     for request in requests:

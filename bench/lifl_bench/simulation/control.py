@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, TypeVar
 
-from lifl.cluster.coordinator import ClusterCoordinator
+from lifl.cluster.coordinator import CheckpointTask, ClusterCoordinator
 from lifl.cluster.journal import Journal
 from lifl.cluster.messages import (
-    CountUpdate,
     Counted,
+    CountUpdate,
     FunctionFacts,
     JobOrder,
     MemberMessage,
@@ -48,9 +48,7 @@ class Coordinator:
         """When it has dealt with all messages so far."""
         self._asked = 0
         self._journal = Journal(Path(":memory:"))
-        self._real = ClusterCoordinator(
-            self._journal, 0.0, own_address=ADDRESS, lease_seconds=_ENDLESS_LEASE_S
-        )
+        self._real = ClusterCoordinator(self._journal, 0.0, own_address=ADDRESS, lease_seconds=_ENDLESS_LEASE_S)
 
     def close(self) -> None:
         """Let go of the journal."""
@@ -73,7 +71,9 @@ class Coordinator:
         """Create the job with its initial model: round 1 opens."""
         self._real.create_job(self._spec)
         self._ask(first_node, FunctionFacts(self._spec.function, gather=False, state_arrays=0), Acknowledged)
-        self._real.model_installed(self._spec.name, self._real.require_no_model(self._spec.name).nonce, self._loop.now)
+        self._real.model_installed(
+            self._spec.name, self._real.require_no_model(self._spec.name).nonce, self._loop.now
+        )
 
     def _ask(self, node: str, message: MemberMessage, kind: type[_Answer]) -> _Answer:
         now = self._loop.now
@@ -96,9 +96,7 @@ class Coordinator:
 
     def partial_delivered(self, top: str, order: JobOrder, source: str, updates: int, nbytes: int) -> None:
         """The top has another node's partial aggregate."""
-        message = PartialDelivered(
-            order.job, order.round, order.attempt, order.epoch, source, updates, nbytes
-        )
+        message = PartialDelivered(order.job, order.round, order.attempt, order.epoch, source, updates, nbytes)
         self._ask(top, message, Acknowledged)
 
     def model_made(self, top: str, order: JobOrder, contributors: tuple[str, ...], updates: int) -> RoundState:
@@ -112,6 +110,14 @@ class Coordinator:
     def model_held(self, node: str, order: JobOrder) -> None:
         """The node has the newest model."""
         self._ask(node, ModelHeld(order.job, order.attempt, order.model_round), Acknowledged)
+
+    def models_to_store(self) -> list[CheckpointTask]:
+        """Models that are to be read from their nodes and stored."""
+        return self._real.checkpoint_tasks()
+
+    def stored(self, task: CheckpointTask) -> None:
+        """A model is on the disk."""
+        self._real.checkpoint_stored(task, self._loop.now)
 
     def tick(self) -> None:
         """A deadline has passed."""

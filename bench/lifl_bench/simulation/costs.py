@@ -1,7 +1,7 @@
 """What things cost on a node: seconds of CPU, rates and delays, from measurements.
 
-Every cost says where it comes from. The defaults are those of `docs/performance.md` (2 cores of an AMD EPYC, Zen 5);
-`calibration` measures the cheap ones anew, and a JSON file keeps them.
+Every cost says where it comes from. The defaults are those of `docs/performance.md` (2 cores of an AMD EPYC,
+Zen 5); `calibration` measures the cheap ones anew, and a JSON file keeps them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Costs:
     """One connection with nothing else running."""
     peer_send_s_per_gb: float = _cost(0.036, "CPU s/GB", "sendfile over loopback, prototypes; not of this release")
     """A gateway sends a partial aggregate or a model to another node."""
-    peer_receive_s_per_gb: float = _cost(0.2, "CPU s/GB", "recv_into over loopback, prototypes; not of this release")
+    peer_receive_s_per_gb: float = _cost(
+        0.2, "CPU s/GB", "recv_into over loopback, prototypes; not of this release"
+    )
     """A gateway receives it, and checks its sum."""
     fold_s_per_gb: float = _cost(
         0.045, "CPU s/GB read", "docs/performance.md, A round: workers 40 ms for 16 updates in 20 reads of 44.7 MB"
@@ -49,11 +51,15 @@ class Costs:
     """A zygote forks a worker and it joins."""
     hop_s: float = _cost(0.00006, "s", "docs/performance.md, The descriptor: round trip 57.6 us on two cores")
     """A descriptor reaches a worker that sleeps."""
-    message_s: float = _cost(0.00005, "CPU s", "assumed; `func simulate --calibrate` measures a lower bound")
+    message_s: float = _cost(
+        0.00005, "CPU s", "assumed; --calibrate measures coordinator and journal alone, 7 us, without HTTP"
+    )
     """The coordinator deals with one message of a node, in batches, journal included."""
     latency_s: float = _cost(0.0002, "s", "assumed: there and back on a local network")
     """A question to the coordinator and its answer, apart from the work."""
-    checkpoint_s_per_gb: float = _cost(0.2, "CPU s/GB", "docs/performance.md, A round: coordinator 11 ms, mostly this")
+    checkpoint_s_per_gb: float = _cost(
+        0.2, "CPU s/GB", "docs/performance.md, A round: coordinator 11 ms, mostly this"
+    )
     """The model is written to disk behind the round; costs CPU, delays nothing."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Where costs come from that are not the defaults."""
@@ -68,7 +74,7 @@ class Costs:
 
     def measured(self, source: str, **values: float) -> Costs:
         """The same with other values, which come from `source`."""
-        return replace(self, **values, sources={**self.sources, **dict.fromkeys(values, source)})  # type: ignore[arg-type]
+        return replace(self, **values, sources={**self.sources, **dict.fromkeys(values, source)})
 
     def source(self, name: str) -> str:
         """Where a cost comes from."""
@@ -114,7 +120,9 @@ def read_costs(path: Path) -> Costs:
     try:
         return of_document(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise CommandError(f"the costs '{path}' cannot be read: {(error.strerror or str(error)).lower()}", [hint]) from None
+        raise CommandError(
+            f"the costs '{path}' cannot be read: {(error.strerror or str(error)).lower()}", [hint]
+        ) from None
     except (ValueError, TypeError) as error:
         raise CommandError(f"the costs '{path}' cannot be used: {error}", [hint]) from None
 

@@ -1,7 +1,7 @@
 """A simulated node: its workers and the part that it has of a round.
 
-Which aggregator an update goes to and how many inputs each waits for is told by `lifl.control.round.Round`; when an
-aggregator folds is what `lifl.worker` does with eager timing.
+Which aggregator an update goes to and how many inputs each waits for is told by `lifl.control.round.Round`; when
+an aggregator folds is what `lifl.worker` does with eager timing.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Node:
         self.order: JobOrder | None = None
         """The newest that it has read."""
         self.seen: dict[str, int] = {}
-        self.told_load = NodeLoad()
-        """As it was last told."""
+        self.load_before = NodeLoad()
+        """When orders came the last time."""
         self.round: Round | None = None
         self.held_round = 0
         """The round that the model it has starts; 0 without one."""
@@ -146,14 +146,13 @@ class Node:
     # --- workers -------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Open the round that the order tells of, with as many aggregators as it says, and start their workers."""
+        """Open the round that the order tells of, with as many aggregators as it says."""
         order = self.order
         assert order is not None
         self.round = Round(order.round, order.spec, Hierarchy(max(1, order.leaves)), self._loop.now)
         self._is_top = False
         self._started = self._cold = 0
         self._places = [_Place(index) for index in range(self.round.hierarchy.leaves)]
-        self._start_missing()
 
     def end(self) -> tuple[int, int, int]:
         """The round is over: workers started for it, those that an update waited for, roles that were reused."""
@@ -164,7 +163,8 @@ class Node:
         self.round = None
         return self._started, self._cold, max(0, roles - self._started)
 
-    def _start_missing(self) -> None:
+    def wake(self) -> None:
+        """Start the workers that are missing, because an update is on its way."""
         missing = [place.index for place in self._places if place.index not in self._staff]
         if not missing:
             return
@@ -194,7 +194,7 @@ class Node:
         self._staff.clear()
         self._sidecars.clear()
         if round_ is None or not round_.accepted:
-            self.held_round = 0
+            self.held_round, self.round = 0, None
         return True
 
     def _compute(self, seconds: float, action: Action, argument: object) -> None:
@@ -237,7 +237,7 @@ class Node:
         round_.awaited = frozenset(order.partials) if self._is_top else frozenset()
         round_.status = "closing"
         round_.closed_once = True
-        self._start_missing()
+        self.wake()
         for place in self._places:
             aggregator = round_.aggregators[place.index]
             if aggregator is round_.top or aggregator.updates:
@@ -298,7 +298,7 @@ class Node:
             self._work(place)
 
     def _send(self, place: _Place) -> None:
-        """The partial aggregate goes up: inside the node by a descriptor, from the node's middle to the top's node."""
+        """The partial aggregate goes up: by a descriptor, or from the node's middle to the top's node."""
         place.is_done = True
         if place.index == 0:
             self.on_partial(self)

@@ -25,6 +25,8 @@ class RoundOutcome:
     top: str = ""
     act_s: float = 0.0
     """From the first update that was placed until the model was made."""
+    tail_s: float = 0.0
+    """From the last update that was counted until the model was made: what merging and transfers add."""
     round_s: float = 0.0
     """From the opening until every node in use had the new model."""
     partial_bytes: int = 0

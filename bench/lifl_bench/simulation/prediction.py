@@ -16,8 +16,10 @@ _FEWEST_ROUNDS: Final = 3
 
 @dataclass(frozen=True)
 class Prediction:
-    """Medians over the rounds, and of ACT the extremes; without the first round, in which nodes fetch the model and
-    start workers."""
+    """Medians over the rounds, and of ACT the extremes.
+
+    The first round does not count: in it nodes fetch the model and start workers.
+    """
 
     act_s: float
     lowest_act_s: float

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lifl.cli.common import CommandError
+from lifl.cluster.coordinator import LEASE_SECONDS
 from lifl.cluster.placement import Policy
 from lifl.control.hierarchy import SMOOTHING
 from lifl.messages import JobSpec
@@ -53,8 +54,8 @@ class Scenario:
     shared_cores: int = 0
     """Cores that all nodes, the coordinator's machine and the clients share, as network namespaces on one machine
     do; 0 gives each node its own."""
-    heartbeat_s: float = 1.0
-    """How often a node tells its load."""
+    heartbeat_s: float = LEASE_SECONDS / 3
+    """How often a node tells its load, besides whenever it hears of something."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -64,13 +65,13 @@ class Scenario:
             (self.updates < 1, "a round has one update at least"),
             (self.rounds < 1, "there is one round at least"),
             (self.model_bytes < 4, "a model has 4 bytes at least"),
-            (not self.capacities or min(self.capacities) <= 0, "capacities are above 0"),
+            (not all(0 < each < math.inf for each in self.capacities), "capacities are numbers above 0"),
             (not self.cores or min(self.cores) < 1, "a node has one core at least"),
             (self.quorum > self.updates, "the quorum cannot be above the number of updates"),
             (bool(self.quorum) and not self.deadline_s, "a quorum needs a deadline, after which it suffices"),
         ):
             if is_wrong:
-                raise CommandError(text, [("func simulate --nodes 5 --updates 60", "something that works")])
+                raise CommandError(text, [("func simulate --help", "the options, with examples")])
         if self.selected > self.clients:
             raise CommandError(
                 f"a round selects {self.selected:,} clients, but there are {self.clients:,}",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
+from lifl.cluster.coordinator import CheckpointTask
 from lifl.cluster.messages import NodeLoad
 from lifl.messages import RoundState
 from lifl.peer.server import DEFAULT_LIMITS
@@ -27,7 +28,7 @@ Progress = Callable[[int], None]
 
 _REPORT_EVERY: Final = 1000
 _QUIET: Final = 0.01
-"""A load (k E), or a change of it, that is not worth simulating."""
+"""A load (k E) that is not worth simulating."""
 _RETRY_S: Final = 1.0
 """After which a node asks again for a model, when everyone who has it was busy."""
 
@@ -44,9 +45,13 @@ def simulate(scenario: Scenario, costs: Costs, progress: Progress = lambda _: No
     return outcome
 
 
+def _busy(load: NodeLoad) -> float:
+    return load.arrival_rate * load.execution_seconds
+
+
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Millions of objects live until their round ends, and cycles are few: looking for them takes half of the time."""
+    """Millions of objects live until their round ends, and looking for cycles would take half the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -170,7 +175,8 @@ class Simulation:
             return
         if node.round is None:
             node.begin()
-            self._watch(node)
+        node.wake()
+        self._watch(node)
         node.last_activity = self._loop.now
         self._spent["gateway"] += self._work.upload
         self._spent["clients"] += self._work.client
@@ -202,7 +208,7 @@ class Simulation:
     # --- orders and load -----------------------------------------------------------------------------------
 
     def _spread_news(self) -> None:
-        """Answer the nodes that wait for orders. Those that the job does not use yet read theirs when they need it."""
+        """Answer the nodes that wait for orders; those that the job does not use yet read theirs when they do."""
         woken = self._coordinator.take_news()
         nodes = list(self._in_use) if woken is None else [self._nodes[name] for name in woken]
         for node in nodes:
@@ -213,7 +219,12 @@ class Simulation:
             self._coordinator.work(len(self._nodes) - len(nodes))
 
     def _read_orders(self, node: Node) -> None:
-        order = self._coordinator.orders(node.name, node.seen, node.told_load)
+        """Hear what is new, and ask for what comes next: with the load as it was when orders came the last time.
+
+        The node learns its load from its agent after the question, so the coordinator always knows the one before.
+        """
+        order = self._coordinator.orders(node.name, node.seen, node.load_before)
+        node.load_before = node.load()
         if order is not None:
             node.order = order
             node.seen = {order.job: order.version}
@@ -227,33 +238,27 @@ class Simulation:
             node.close_if_ordered()
 
     def _beat(self, _: object) -> None:
-        """Every node tells its load; what has hardly changed is not told, to save real time."""
+        """Every node that was busy asks for orders once more, and so tells its load."""
         for node in [*self._active]:
-            load = node.load()
-            busy = load.arrival_rate * load.execution_seconds
-            is_quiet = busy < _QUIET and not node.uploads
-            if is_quiet:
-                load, busy = NodeLoad(workers=load.workers), 0.0
+            before = node.load_before
+            self._read_orders(node)
+            if max(map(_busy, (before, node.load_before))) < _QUIET and not node.uploads:
                 del self._active[node]
-            told = node.told_load.arrival_rate * node.told_load.execution_seconds
-            if is_quiet or abs(busy - told) >= _QUIET:
-                node.told_load = load
-                self._coordinator.note_load(node.name, node.seen, load)
-        self._loop.at(self._loop.now + self._scenario.heartbeat_s, self._beat)
+        self._loop.chore_at(self._loop.now + self._scenario.heartbeat_s, self._beat)
 
     def _watch(self, node: Node) -> None:
         if not node.is_watched:
             node.is_watched = True
-            self._loop.at(self._loop.now + self._scenario.idle_s, self._look_whether_idle, node)
+            self._loop.chore_at(self._loop.now + self._scenario.idle_s, self._look_whether_idle, node)
 
     def _look_whether_idle(self, node: Node) -> None:
         idle_s = self._scenario.idle_s
         if self._loop.now < node.last_activity + idle_s:
-            self._loop.at(node.last_activity + idle_s, self._look_whether_idle, node)
+            self._loop.chore_at(node.last_activity + idle_s, self._look_whether_idle, node)
             return
         if not node.go_idle():
             node.last_activity = self._loop.now  # something is going on after all
-            self._loop.at(self._loop.now + idle_s, self._look_whether_idle, node)
+            self._loop.chore_at(self._loop.now + idle_s, self._look_whether_idle, node)
             return
         node.is_watched = False
         if not node.is_in_use:
@@ -281,7 +286,6 @@ class Simulation:
         top.take_partial(node.name)
 
     def _model_made(self, top: Node) -> None:
-        self._spent["checkpoint"] += self._work.checkpoint
         self._loop.at(self._coordinator.work() + self._costs.latency_s, self._complete, top)
 
     def _complete(self, top: Node) -> None:
@@ -291,21 +295,27 @@ class Simulation:
         assert round_ is not None
         contributors = (top.name, *sorted(round_.remote))
         parts = [part for name in contributors if (part := self._nodes[name].round) is not None]
-        state = self._coordinator.model_made(
-            top.name, order, contributors, sum(part.folded for part in parts)
-        )
+        state = self._coordinator.model_made(top.name, order, contributors, sum(part.folded for part in parts))
         self._is_open = False
         self._note_round(state, contributors)
         top.held_round = order.round + 1
         self._outdated = {node for node in self._in_use if node is not top}
         self._spread_news()
+        for task in self._coordinator.models_to_store():
+            self._spent["checkpoint"] += self._work.checkpoint + self._work.peer_send
+            top.machine.host.start(top.machine.send, 1.0, self._stored, task)
         self._go_on_if_distributed()
+
+    def _stored(self, task: CheckpointTask) -> None:
+        self._coordinator.stored(task)
+        self._spread_news()
 
     def _note_round(self, state: RoundState, contributors: tuple[str, ...]) -> None:
         """Write down what the round took, but for the models."""
         outcome = self._round
         outcome.accepted, outcome.late = state.accepted, outcome.selected - state.accepted
         outcome.nodes, outcome.top, outcome.act_s = state.nodes, state.top, state.act
+        outcome.tail_s = self._loop.now - self._counted[-1]
         for name in contributors:
             round_ = self._nodes[name].round
             assert round_ is not None

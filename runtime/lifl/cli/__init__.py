@@ -29,12 +29,13 @@ SUMMARIES = {
     "nodes": "Show the nodes of a cluster, and drain them",
     "node": "Measure what this node can aggregate at once",
     "bench": "Compare LIFL with a message broker and with gRPC",
+    "simulate": "Simulate the rounds of a cluster",
     "doctor": "Show what this machine can do, and what it cannot and why",
     "version": "Print the version",
 }
 """The commands, in the order in which they are listed, and what `--help` says of each."""
 
-_ELSEWHERE = {"bench": "lifl_bench.command"}
+_ELSEWHERE = {"bench": "lifl_bench.command", "simulate": "lifl_bench.simulation.command"}
 """Modules of commands that are not part of `lifl.cli`, which does not depend on them."""
 
 EXIT_ERROR = 1

@@ -31,6 +31,9 @@ Status = Literal["waiting-for-model", "running", "complete", "deleted", "failed"
 NONCE_BITS: Final = 62
 """Of a job's nonce: what the protocol between nodes has room for."""
 
+_TIE_BREAK: Final = 2.0**-20
+"""The least difference of residuals that counts."""
+
 _MOST_SOURCES: Final = 4
 """Nodes named to one node as sources of the newest model."""
 _TOLD_HOLDERS: Final = frozenset({1, 2, 4, 8, 16, 32})
@@ -174,10 +177,25 @@ class ClusterJob:
         """Whether a node may get updates."""
         return self.takes_part(member) and not self.members.is_draining(member)
 
+    def residual_of(self, member: Member) -> float:
+        """What a node can still take, for the choice of one.
+
+        Of nodes that are equally empty `worst-fit` shall take the one with the fewest updates of the round. The
+        other policies choose one of those that fit, and what fits is not to depend on this.
+        """
+        if self.spec.placement != "worst-fit" or self.round is None:
+            return member.residual
+        return member.residual - self.round.updates_of(member.incarnation) * _TIE_BREAK
+
+    def note_residual(self, member: Member) -> None:
+        """Take account of another residual capacity of a node."""
+        if member.incarnation in self.index:
+            self.index.set_residual(member.incarnation, self.residual_of(member))
+
     def reindex(self, member: Member) -> None:
         """Take account of a change of what a node can do."""
         if self.may_place(member):
-            self.index.add(member.incarnation, member.residual)
+            self.index.add(member.incarnation, self.residual_of(member))
         else:
             self.index.remove(member.incarnation)
 
@@ -185,7 +203,7 @@ class ClusterJob:
         """Find all nodes anew, in the order in which they joined; one item is what is placed at once."""
         size = self.spec.goal if self.gathers else 1
         able = sorted((member for member in self.members.living if self.may_place(member)), key=_key)
-        self.index = PlacementIndex({member.incarnation: member.residual for member in able}, size=size)
+        self.index = PlacementIndex({member.incarnation: self.residual_of(member) for member in able}, size=size)
 
     def home(self) -> str:
         """The one node that takes the round's updates, once there is one: the top of a round that was opened once
@@ -300,8 +318,13 @@ class ClusterJob:
     def open_round(self, number: int, now: float) -> None:
         """Open a round."""
         key = self.journal.new_key("rounds")
+        before = self.round
         self.round = ClusterRound(key, self.key, number, self.attempt, self.spec, now, self.journal)
         self.round.touch()
+        for incarnation in before.shares if before is not None else ():
+            member = self.members.find(incarnation)
+            if member is not None:
+                self.note_residual(member)
         self.plan()
         self.touch()
 

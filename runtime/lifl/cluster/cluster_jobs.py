@@ -83,6 +83,10 @@ class ClusterJobs:
                 409, "name taken", f"another job is called {spec.name!r}; DELETE it or choose another name"
             )
         check_spec(spec)
+        if spec.mode != "sync" or spec.over_selection:
+            raise Refused(
+                422, "not in a cluster", "asynchronous jobs and over-selection run on single nodes only, so far"
+            )
         self._require_function(spec.function)
         former = self.deleted.get(spec.name)
         if former is not None:
@@ -337,6 +341,7 @@ class ClusterJobs:
             for member in self.members.all
         }
         job.round = ClusterRound.restore(row, job.spec, self.journal, able, now)
+        job.reindex_all()
         if not job.round.is_complete:
             job.round.restore_fences(now, job.version)
         job.plan()

@@ -36,6 +36,15 @@ def _rate_of(row: EndpointTraffic, now_nanoseconds: int) -> float:
     return _NANOSECONDS / max(row.interarrival_nanoseconds, silence)
 
 
+def limit_rate(rate: float, execution_seconds: float, present: int) -> float:
+    """k, lowered where k E would be more than the `present` updates that are at the node's aggregators now.
+
+    Little's law is about averages. Just after a burst k is still high while nothing is there any more: a node that
+    says so looks full to the next round, which is then spread over more nodes than it needs.
+    """
+    return min(rate, present / execution_seconds) if execution_seconds > 0 else rate
+
+
 class ExecutionEstimate:
     """Exponentially smoothed time from an update's arrival at an aggregator to folded (E)."""
 

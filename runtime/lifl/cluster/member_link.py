@@ -50,6 +50,8 @@ _SLACK_SECONDS: Final = 3.0
 _FIRST_PAUSE_SECONDS: Final = 0.05
 _LONGEST_PAUSE_SECONDS: Final = 1.0
 _GONE: Final = 410
+_NOTE_SECONDS: Final = 1.0
+"""Longest wait for the loop; the heartbeat must not depend on it."""
 _MEMBER_FILE: Final = "member.json"
 
 log = logging.getLogger("lifl.coordinator")
@@ -184,10 +186,13 @@ class MemberLink:
         options: MemberOptions,
         runtime_directory: Path,
         describe: Callable[[str, str, str], Register],
-        on_orders: Callable[[Orders], None],
+        on_orders: Callable[[Orders, Callable[[], None]], None],
         on_lost: Callable[[], None],
     ) -> None:
-        """`describe(incarnation, address, peer_address)` makes the registration; it is called in a thread."""
+        """`describe(incarnation, address, peer_address)` makes the registration; it is called in a thread.
+
+        `on_orders` calls its second argument when `seen` and `load` are up to date for the next request.
+        """
         self._options = options
         self._runtime_directory = runtime_directory
         self._describe = describe
@@ -205,6 +210,8 @@ class MemberLink:
         """Of the node's memory; another one after the lease was lost."""
         self.peer_address = ""
         """Where the other nodes reach this one; known once the gateways are there."""
+        self._told: dict[str, int] = {}
+        """Versions of the orders that came last."""
         self.seen: dict[str, int] = {}
         """Version of the order of each job that was carried out; the loop writes, the thread sends a copy."""
         self.load = NodeLoad()
@@ -285,7 +292,17 @@ class MemberLink:
                 continue
             pause = _FIRST_PAUSE_SECONDS
             is_first = False
-            self._do_in_loop(lambda found=orders: self._on_orders(found))  # type: ignore[misc]
+            self._hand_over(orders)
+
+    def _hand_over(self, orders: Orders) -> None:
+        """Have the loop note orders, and wait until the next request can say so."""
+        done = threading.Event()
+        self._post_to_loop(lambda: self._on_orders(orders, done.set))
+        done.wait(_NOTE_SECONDS)
+        told = {order.job: order.version for order in orders.jobs}
+        if told and told.items() <= self._told.items():
+            time.sleep(_FIRST_PAUSE_SECONDS)  # they do not count as seen yet: do not ask in a tight loop
+        self._told = told
 
     def _begin_anew(self) -> None:
         self.incarnation = secrets.token_hex(8)

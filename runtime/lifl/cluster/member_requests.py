@@ -188,6 +188,7 @@ class MemberRequests:
             return Counted("late" if verdict == "late" else "duplicate", round_.number + (verdict == "late"))
         if round_.accepted > before:
             self._jobs.totals.counted += 1
+            job.note_residual(member)
             self._jobs.settle(job, now)
             if job.raise_leaves(member):
                 job.tell(member.incarnation)

@@ -266,7 +266,9 @@ class ModelMade(Message):
     contributors: tuple[str, ...]
     """Incarnations whose updates are in the model, its own among them if it has any."""
     updates: int
+    """The top's own."""
     weight: float
+    """Of these."""
 
 
 class ModelHeld(Message):

@@ -91,7 +91,5 @@ class Placements:
 
     def note_residual(self, member: Member) -> None:
         """Take account of another residual capacity of a node."""
-        residual = member.residual
         for job in self._jobs.values():
-            if member.incarnation in job.index:
-                job.index.set_residual(member.incarnation, residual)
+            job.note_residual(member)

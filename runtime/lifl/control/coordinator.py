@@ -90,7 +90,7 @@ class Coordinator:
             options.link,
             context.runtime_directory,
             partial(describe_node, context, options),
-            lambda orders: self._on_orders(orders),
+            lambda orders, then: self._on_orders(orders, then),
             lambda: self._on_lease_lost(),
         )
         link.capacity = options.capacity
@@ -110,20 +110,21 @@ class Coordinator:
             *(context, self._workforce, self._models, self._rounds, self._idleness, self._hear_news),
         )
 
-    def _on_orders(self, orders: Orders) -> None:
+    def _on_orders(self, orders: Orders, then: Callable[[], None]) -> None:
         assert self._member is not None
         self._member.on_orders(orders)
-        self._context.agent.get_traffic(self._note_load)
+        self._context.agent.get_traffic(partial(self._note_load, then))
 
     def _on_lease_lost(self) -> None:
         assert self._member is not None
         self._member.on_lost()
 
-    def _note_load(self, done: Done, fds: list[int]) -> None:
+    def _note_load(self, then: Callable[[], None], done: Done, fds: list[int]) -> None:
         """Keep the node's load for the next heartbeat."""
         close_fds(fds)
         assert self._member is not None
         self._member.link.load = load_of(self._context, self._workforce.size, done.traffic)
+        then()
 
     # --- loop ----------------------------------------------------------------------------------------------
 

@@ -76,14 +76,26 @@ class Member:
     # --- orders ----------------------------------------------------------------------------------------------
 
     def on_orders(self, orders: Orders) -> None:
-        """Note new orders, and do what can be done now. From here on they count as seen."""
+        """Note new orders, and do what can be done now. From here on they count as seen.
+
+        An order may leave a node's sums out of the round. That it was seen must not overtake the news that they are
+        here already.
+        """
         self.is_draining = orders.drain
         for order in orders.jobs:
             try:
                 self._note(order)
             except Exception:  # one job that goes wrong must not cost the node its heartbeat
                 log.exception("job %s: an order could not be carried out", order.job)
-            self.link.seen[order.job] = order.version
+            if order.status == "deleted":
+                self.link.seen[order.job] = order.version
+            self.note_seen(order.job)
+
+    def note_seen(self, name: str) -> None:
+        """Say with the next heartbeat that a job's order was seen, if it may be said."""
+        job = self._context.jobs.get(name)
+        if job is not None and job.member is not None and not job.member.undelivered:
+            self.link.seen[name] = job.member.order.version
 
     def _note(self, order: JobOrder) -> None:
         job = self._context.jobs.get(order.job)
@@ -176,9 +188,11 @@ class Member:
             self._end_round(job, job.round)
         if job.pools is None or job.installing:
             return
-        if member.held_round != order.model_round:
+        if member.held_round < order.model_round:
             self._fetch(job)
             return
+        if member.held_round > order.model_round:
+            return  # the model is our own, and the order that says so comes next
         if job.round is None:
             self._open(job)
         self._tell_prepared(job, None)
@@ -235,7 +249,7 @@ class Member:
         member = job.member
         assert member is not None
         assert job.layout is not None
-        member.held_round = order.model_round
+        member.held_round = max(member.held_round, order.model_round)
         member.received_bytes += job.layout.payload_bytes
         if not order.state_sources:
             member.held_state_round = order.model_round  # it begins with zeros, as the memory does

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from lifl import __version__
-from lifl.cluster.load import arrival_rate
+from lifl.cluster.load import arrival_rate, limit_rate
 from lifl.cluster.member_link import MemberOptions
 from lifl.cluster.messages import NodeLoad, Register
 from lifl.control.context import Context
@@ -99,8 +99,10 @@ def describe_node(
 def load_of(context: Context, workers: int, traffic: Iterable[EndpointTraffic]) -> NodeLoad:
     """How busy the node is now."""
     pools = [job.pools for job in context.jobs.values() if job.pools is not None]
+    present = sum(len(job.round.in_slot) for job in context.jobs.values() if job.round is not None)
+    rate = arrival_rate(traffic, time.monotonic_ns())
     return NodeLoad(
-        arrival_rate=arrival_rate(traffic, time.monotonic_ns()),
+        arrival_rate=limit_rate(rate, context.execution.seconds, present),
         execution_seconds=context.execution.seconds,
         workers=workers,
         pool_bytes=sum(pair.updates.geometry.size + pair.aggregates.geometry.size for pair in pools),

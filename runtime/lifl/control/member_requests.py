@@ -303,21 +303,25 @@ class MemberRequests(GatewayRequests):
         taken = round_.accept_partial(request.source, request.slot, request.generation)
         member.received_bytes += request.nbytes
         job.last_activity = time.monotonic()
-        self._member.link.send(
-            PartialDelivered(
-                job=job.spec.name,
-                round=round_.number,
-                attempt=member.order.attempt,
-                epoch=member.order.epoch,
-                source=request.source,
-                updates=request.updates,
-                nbytes=request.nbytes,
-            )
+        delivered = PartialDelivered(
+            job=job.spec.name,
+            round=round_.number,
+            attempt=member.order.attempt,
+            epoch=member.order.epoch,
+            source=request.source,
+            updates=request.updates,
+            nbytes=request.nbytes,
         )
+        member.undelivered += 1
+        self._member.link.send(delivered, partial(self._delivered, job))
         self._workforce.start_missing(job)
         record = job.workers.get(taken.aggregator)
         destination = record.endpoint if record is not None and record.assigned else 0
         return PartialVerdict("accepted", destination)
+
+    def _delivered(self, job: Job, answer: MemberAnswer) -> None:
+        self._membership(job).undelivered -= 1
+        self._member.note_seen(job.spec.name)
 
     # --- models ----------------------------------------------------------------------------------------------
 

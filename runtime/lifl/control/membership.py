@@ -32,6 +32,8 @@ class Membership:
     """Who waits for the open round to be ready here."""
     counting: dict[int, int] = field(default_factory=dict)
     """Updates that the coordinator was asked to count: generation by slot reference."""
+    undelivered: int = 0
+    """Partial aggregates that are here and of which the coordinator has not said that it knows."""
     received_bytes: int = 0
     """From other nodes, for the open round."""
 
