@@ -83,8 +83,8 @@ def decode(data: bytes | bytearray | memoryview) -> list[Descriptor]:
 def model_proof(inputs: int, *, contains_all: bool) -> int:
     """The generation byte of MODEL.
 
-    It tells from how many inputs (modulo 128) the model was made, so that one that was made before the round was
-    opened once more is known, and whether it contains updates that were not reported as folded, whose slots it frees.
+    It tells from how many inputs (modulo 128) the model was made, so that one from before the round opened once
+    more is known, and whether it contains updates that were not reported as folded, whose slots it frees.
     """
     return (inputs & 0x7F) << 1 | contains_all
 

@@ -241,6 +241,10 @@ class MemberLink:
             except queue.Empty:
                 return
 
+    def call_in_loop(self, action: Callable[[], None]) -> None:
+        """Have the loop call `action`; from any thread."""
+        self._post_to_loop(action)
+
     def upload_model(self, job: str, file: Path) -> None:
         """Give the coordinator the initial model of a job. Blocks; raises Refused or Unavailable."""
         connection = _Http(self._options)

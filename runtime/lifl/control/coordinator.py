@@ -37,6 +37,7 @@ from lifl.capabilities import drop_capabilities
 from lifl.cluster.member_link import MemberLink
 from lifl.cluster.messages import Orders
 from lifl.control.agent_link import AgentLink
+from lifl.control.calibrating import start_calibration
 from lifl.control.context import Context
 from lifl.control.gateway_connections import GatewayConnections
 from lifl.control.gateway_requests import GatewayRequests
@@ -102,6 +103,7 @@ class Coordinator:
             link,
             partial(PeerModels, options),
             self._call_later,
+            partial(start_calibration, context.state_directory),
         )
         context.member = self._member = member
         self._requests = MemberRequests(

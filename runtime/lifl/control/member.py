@@ -61,6 +61,7 @@ class Member:
         link: MemberLink,
         models: Callable[[Job], PeerModels],
         call_later: Callable[[float, Callable[[], None]], None],
+        start_calibration: Callable[[MemberLink], None],
     ) -> None:
         self._context = context
         self._workforce = workforce
@@ -72,16 +73,20 @@ class Member:
         self.pulls = Background()
         """Fetches models; apart from what writes to the disk, for another node may keep it waiting."""
         self.is_draining = False
+        self._start_calibration = start_calibration
+        self._calibrations: int | None = None
+        """How often the operator had asked for that by the last orders."""
 
     # --- orders ----------------------------------------------------------------------------------------------
 
     def on_orders(self, orders: Orders) -> None:
         """Note new orders, and do what can be done now. From here on they count as seen.
 
-        An order may leave a node's sums out of the round. That it was seen must not overtake the news that they are
-        here already.
+        An order may leave a node's sums out of the round. That it was seen must not overtake the news that they
+        are here already.
         """
         self.is_draining = orders.drain
+        self._calibrate_if_asked(orders.calibrate)
         for order in orders.jobs:
             try:
                 self._note(order)
@@ -96,6 +101,12 @@ class Member:
         job = self._context.jobs.get(name)
         if job is not None and job.member is not None and not job.member.undelivered:
             self.link.seen[name] = job.member.order.version
+
+    def _calibrate_if_asked(self, count: int) -> None:
+        """Measure this node's capacity once more when the operator has asked for it since the node joined."""
+        before, self._calibrations = self._calibrations, count
+        if before is not None and count > before:
+            self._start_calibration(self.link)
 
     def _note(self, order: JobOrder) -> None:
         job = self._context.jobs.get(order.job)
