@@ -166,7 +166,7 @@ COMPARE_ARGUMENTS = [
 """The stock broker takes part with four updates only: with more it takes minutes for a round."""
 
 CLUSTER_ARGUMENTS = [
-    *("--policy", "best-fit", "--policy", "worst-fit", "--policy", "round-robin", "--rounds", "5"),
+    *("--policy", "best-fit", "--policy", "worst-fit", "--policy", "round-robin"),
     *("--plot", str(DIRECTORY / "results" / "placement.png")),
 ]
 

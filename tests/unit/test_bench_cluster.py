@@ -110,11 +110,16 @@ def test_a_difference_of_less_than_a_tenth_is_no_loss(act_s: float) -> None:
     assert judgement.losses(results) == []
 
 
-def test_a_worse_median_within_the_others_spread_is_no_loss() -> None:
+def test_a_worse_median_that_a_second_run_may_turn_round_is_no_loss() -> None:
     ours, theirs = make_policy("best-fit", 0.2, 0), make_policy("worst-fit", 0.1, 0)
-    for rounds, act_s in ((ours.rounds, 0.09), (theirs.rounds, 0.25)):
-        rounds[0] = replace(rounds[0], act_s=act_s)
-        rounds[1] = replace(rounds[1], act_s=act_s)
+    theirs.rounds[0] = replace(theirs.rounds[0], act_s=0.25)
+
+    assert judgement.losses(make_results(ours, theirs)) == []
+
+
+def test_one_node_more_in_a_few_rounds_is_no_loss() -> None:
+    ours, theirs = make_policy("best-fit", 0.1, 0), make_policy("first-fit", 0.1, 0)
+    ours.rounds[:2] = [replace(one, nodes=2, internode_bytes=8 * MEGABYTE) for one in ours.rounds[:2]]
 
     assert judgement.losses(make_results(ours, theirs)) == []
 
