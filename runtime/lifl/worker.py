@@ -139,7 +139,7 @@ class Worker:
     def _patience(self) -> float | None:
         """Seconds to wait for news before folding what is ready."""
         current = self._assignment
-        if current is None or not current.ready or self._waits_for_all():
+        if current is None or current.sent or not current.ready or self._waits_for_all():
             return None
         return max(0.0, current.ready_since + EAGER_LINGER - time.monotonic())
 
