@@ -87,6 +87,17 @@ def test_a_round_over_three_nodes_makes_the_exact_mean_and_every_gateway_has_it(
         assert (state["nodes"], state["accepted"]) == (3, 9)
 
 
+def test_a_cluster_that_waits_for_updates_uses_hardly_any_cpu(make_cluster: Callable[..., Cluster]):
+    cluster = make_cluster(2, lease=5.0)
+    clients.create_job(cluster, SIZE, goal=4, redirect=False)
+    assert clients.submit_all(cluster, spread(cluster, 4), 1, SIZE) == ["accepted"] * 4
+    clients.wait_for_model(cluster, 1, 1)
+    time.sleep(1)
+    before = cluster.cpu_seconds()
+    time.sleep(3)
+    assert cluster.cpu_seconds() - before < 0.6, "something polls"
+
+
 def test_best_fit_folds_all_on_one_node_and_sends_clients_there(make_cluster: Callable[..., Cluster]):
     cluster = make_cluster(3, capacity=20)
     clients.create_job(cluster, SIZE, goal=9)

@@ -1,9 +1,9 @@
 """Whether BestFit loses against another policy, and where it clearly wins.
 
-A policy loses in a figure if its median is the worse one, beyond a tolerance, and if it is worse in most of all pairs
-of its rounds with the other one's: what a second run may well turn round is no loss. Bytes may differ by a twentieth,
-for some are the protocols'. ACT may differ by a tenth, which neighbours on the host move it by, and has to be worse
-in 95 % of all pairs: with seven rounds each chance alone does that once in a thousand comparisons.
+A policy loses in a figure if its median is the worse one, beyond a tolerance, and if it is worse in most of all
+pairs of its rounds with the other one's: what a second run may well turn round is no loss. Bytes may differ by a
+twentieth, for some are the protocols'. ACT may differ by a tenth, which neighbours on the host move it by, and has
+to be worse in 95 % of all pairs: with seven rounds each chance alone does that once in a thousand comparisons.
 """
 
 from __future__ import annotations

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import Final
 
 from lifl.cluster.placement import Policy
 
 from lifl_bench.placement_comparison.results import ClusterResults, PlacementCell, Predicted
+from lifl_bench.simulation.arrivals import Trace
 from lifl_bench.simulation.costs import Costs
 from lifl_bench.simulation.prediction import predict
 from lifl_bench.simulation.scenario import Scenario
+
+REST_SECONDS: Final = 2.0
+"""Between a new model and the next updates, which all come at once: as measured, from a cluster at rest."""
 
 
 def predict_all(results: ClusterResults, costs: Costs) -> None:
@@ -34,6 +39,7 @@ def _predict(results: ClusterResults, cell: PlacementCell, policy: Policy, costs
         cores=(cores,),
         shared_cores=cores,
         link_gbit=0.0,
+        trace=Trace("burst", offsets=(REST_SECONDS,) * cell.updates),
     )
     found = predict(scenario, costs)
     return Predicted(found.act_s, found.internode_bytes, found.nodes, found.aggregators)

@@ -22,9 +22,9 @@ EXPLANATION = (
     "without clients."
 )
 RULE = (
-    "BestFit loses in a figure if its median is worse (bytes: by a twentieth and 0.1 MB, ACT: by a tenth) and most "
-    "pairs of its rounds with the other policy's are (ACT: 95 %). It clearly wins in bytes if it needs no more than "
-    "the fewest possible nodes do, and a tenth of the other policy's."
+    "BestFit loses in a figure if its median is worse (bytes: by a twentieth and 0.1 MB, ACT: by a tenth) and "
+    "most pairs of its rounds with the other policy's are (ACT: 95 %). It clearly wins in bytes if it needs no "
+    "more than the fewest possible nodes do, and a tenth of the other policy's."
 )
 PREDICTION = (
     "Beside each other: what the simulator says with costs measured on this machine (SIM), and the medians "
