@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hosts import make_hosts as make_hosts
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

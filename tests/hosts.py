@@ -1,4 +1,4 @@
-"""Hosts for tests of many nodes. A module that wants them says `pytest_plugins = ("tests.hosts",)`."""
+"""Hosts for tests of many nodes. The fixture is in `conftest`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from lifl_bench.cluster import Program, _Slowness
 from lifl_bench.hosts import MARK, Host, Hosts, HostsUnavailable
 from lifl_bench.measure import read_stat
 
-pytest_plugins = ("tests.hosts",)
 pytestmark = pytest.mark.timeout(60)
 
 PORT = 7000
