@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lifl.cluster.load import ExecutionEstimate, arrival_rate
+from lifl.cluster.load import ExecutionEstimate, arrival_rate, limit_rate
 from lifl.cluster.messages import JobOrder, NodeLoad
 from lifl.control.hierarchy import Hierarchy
 from lifl.control.round import AcceptedUpdate, Round
@@ -138,7 +138,9 @@ class Node:
             EndpointTraffic(endpoint_id("worker", index), 0, 0, sidecar.last, sidecar.mean_of_eight >> 3, 0, 0, 0)
             for index, sidecar in self._sidecars.items()
         ]
-        return NodeLoad(arrival_rate(rows, now), self._execution.seconds, self.workers, 0)
+        present = len(self.round.in_slot) if self.round is not None else 0
+        rate = limit_rate(arrival_rate(rows, now), self._execution.seconds, present)
+        return NodeLoad(rate, self._execution.seconds, self.workers, 0)
 
     def _nanoseconds(self) -> int:
         return 1 + int(1e9 * self._loop.now)

@@ -219,12 +219,9 @@ class Simulation:
             self._coordinator.work(len(self._nodes) - len(nodes))
 
     def _read_orders(self, node: Node) -> None:
-        """Hear what is new, and ask for what comes next: with the load as it was when orders came the last time.
-
-        The node learns its load from its agent after the question, so the coordinator always knows the one before.
-        """
-        order = self._coordinator.orders(node.name, node.seen, node.load_before)
+        """Hear what is new, and ask for what comes next, with the load as it is now."""
         node.load_before = node.load()
+        order = self._coordinator.orders(node.name, node.seen, node.load_before)
         if order is not None:
             node.order = order
             node.seen = {order.job: order.version}

@@ -183,6 +183,8 @@ class Coordinator:
     def _timers_of(self, job: Job) -> list[float]:
         """When the deadline of the job's round has to be seen to, and its idleness."""
         round_ = job.round
+        if _is_unused(job):
+            return [job.last_activity + job.spec.idle_seconds]
         if job.status != "running" or round_ is None or round_.status != "open":
             return []
         times = []
@@ -200,6 +202,9 @@ class Coordinator:
         while self._appointments and self._appointments[0][0] <= now:
             heapq.heappop(self._appointments)[2]()
         for job in list(self._context.jobs.values()):
+            if self._member is not None and _is_unused(job) and now >= job.last_activity + job.spec.idle_seconds:
+                self._member.sleep(job)
+                job.last_activity = now if job.pools is not None else 0.0
             if job.status != "running" or job.round is None:
                 continue
             self._rounds.close_if_possible(job)
@@ -327,6 +332,11 @@ class Coordinator:
     def _restored(self, job: Job, problem: Problem | None) -> None:
         if problem is not None:
             self._workforce.fail(job, problem.detail or problem.title)
+
+
+def _is_unused(job: Job) -> bool:
+    """A job of a cluster that has memory here, but has no part in the open round."""
+    return job.member is not None and job.round is None and job.pools is not None and bool(job.last_activity)
 
 
 def main() -> None:

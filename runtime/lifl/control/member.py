@@ -200,7 +200,8 @@ class Member:
         if job.pools is None or job.installing:
             return
         if member.held_round < order.model_round:
-            self._fetch(job)
+            if member.is_used or member.waiting:
+                self._fetch(job)
             return
         if member.held_round > order.model_round:
             return  # the model is our own, and the order that says so comes next
@@ -265,7 +266,8 @@ class Member:
         if not order.state_sources:
             member.held_state_round = order.model_round  # it begins with zeros, as the memory does
         self.link.send(ModelHeld(job.spec.name, order.attempt, order.model_round))
-        job.last_activity = time.monotonic()
+        if not job.last_activity:
+            job.last_activity = time.monotonic()
         self.advance(job)
         self._prepare(job)
         self._context.publish(job)
@@ -348,7 +350,8 @@ class Member:
         job.remember(round_)
         job.round = None
         member.is_offering = False
-        if round_.log or round_.remote:
+        member.is_used = bool(round_.log or round_.remote)
+        if member.is_used:
             self._report(job, round_)
         member.received_bytes = 0
         if not job.spec.reuse:

@@ -39,6 +39,7 @@ from lifl.messages import (
     DescribeJob,
     DescribeNodes,
     DescribeRound,
+    DescribeUpdates,
     DescribeUplink,
     InstallModel,
     JobSpec,
@@ -49,6 +50,7 @@ from lifl.messages import (
     PartialSent,
     PartialVerdict,
     Problem,
+    RoundUpdates,
     Slots,
     ToCoordinator,
     Uplink,
@@ -82,6 +84,17 @@ class MemberRequests(GatewayRequests):
                 return self._commit_partial(request)
             case _:
                 return super().answer(connection, request)
+
+    def _find(self, name: str) -> Job:
+        """Gateways ask the coordinator whether there is such a job; this node may hear of it a moment later."""
+        if name not in self._context.jobs:
+            raise Busy("job not known here yet", f"this node has not heard of job {name!r}", retry_after=0.1)
+        return self._context.jobs[name]
+
+    def _describe_updates(self, request: DescribeUpdates) -> RoundUpdates:
+        if request.job not in self._context.jobs:
+            raise Refused(404, "no such job", f"there is no job {request.job!r} here")
+        return super()._describe_updates(request)
 
     def _membership(self, job: Job) -> Membership:
         assert job.member is not None
@@ -353,7 +366,6 @@ class MemberRequests(GatewayRequests):
 
     def _install_model(self, connection: GatewayConnection, request: InstallModel) -> None:
         path = self._upload_of(request)
-        self._find(request.job)
         self._context.background.put(partial(self._upload, connection, request.job, path))
 
     def _upload(self, connection: GatewayConnection, job: str, path: Path) -> Continuation:

@@ -34,6 +34,8 @@ class Membership:
     """Updates that the coordinator was asked to count: generation by slot reference."""
     undelivered: int = 0
     """Partial aggregates that are here and of which the coordinator has not said that it knows."""
+    is_used: bool = True
+    """The last round had updates here: then the next model is fetched before anybody asks for it."""
     received_bytes: int = 0
     """From other nodes, for the open round."""
 
