@@ -78,6 +78,12 @@ class Assignment:
     expected_partials: int = 0
     """How many of them are partial aggregates."""
     sent: bool = False
+    made: tuple[int, int] | None = None
+    """Of how many inputs the model was made, and what MODEL said of it; None once another input has come.
+
+    As long as it stands the model is not made again: the coordinator may have it, and then the inputs are gone
+    from their slots and others are in them.
+    """
     ready: list[ReadyInput] = field(default_factory=list)
     ready_since: float = 0.0
     generations: dict[int, int] = field(default_factory=dict)
@@ -290,6 +296,7 @@ class Worker:
         if not current.ready:
             current.ready_since = time.monotonic()
         current.ready.append(item)
+        current.made = None
 
     # --- aggregate -----------------------------------------------------------------------------------------
 
@@ -298,6 +305,8 @@ class Worker:
         if current is None or current.sent:
             return
         complete = current.expected is not None and current.inputs + len(current.ready) >= current.expected
+        if complete and current.parent == self._coordinator and self._send_model_again(current):
+            return
         if self._function.gather:
             if complete:
                 self._finish_gathered(current)
@@ -546,10 +555,18 @@ class Worker:
         return True
 
     def _send_model(self, current: Assignment, *, contains_all: bool) -> None:
+        expected = current.expected or 0
+        current.made = expected, model_proof(expected, contains_all=contains_all)
+        self._send_model_again(current)
+
+    def _send_model_again(self, current: Assignment) -> bool:
+        """Say once more that the model is there if it is, and is made of what CLOSE asks for."""
+        if current.made is None or current.made[0] != current.expected:
+            return False
         slot = slot_reference(self._infos["aggregates"].pool, (current.round + 1) % self._spec.model_slots)
         current.sent = True
-        proof = model_proof(current.expected or 0, contains_all=contains_all)
-        self._endpoint.send(self._coordinator, slot, current.round, Kind.MODEL, proof)
+        self._endpoint.send(self._coordinator, slot, current.round, Kind.MODEL, current.made[1])
+        return True
 
     def _state(self, round_number: int) -> list[tuple[memoryview, memoryview]]:
         """(array at the start of the round, array to be written) of each optimiser array."""

@@ -83,7 +83,8 @@ def test_every_round_has_exactly_its_goal_and_each_update_counts_once(
         assert each.partial_bytes == (each.nodes - 1) * scenario.model_bytes
         assert each.nodes <= each.aggregators <= 4 * each.nodes
         assert 0 < each.tail_s <= each.act_s <= each.round_s
-    assert sum(each.started for each in outcome.rounds) >= outcome.peak_workers
+    if not over_selection:  # with it a node may start workers for updates that then are late, and reports nothing
+        assert sum(each.started for each in outcome.rounds) >= outcome.peak_workers
 
 
 def test_the_same_seed_gives_the_same_outcome_and_another_one_another():

@@ -345,8 +345,7 @@ class Member:
         for item in list(round_.in_slot.values()):
             self._context.release(item.slot, item.generation, round_.number)
         round_.in_slot.clear()
-        if round_.status != "complete":
-            round_.complete(time.monotonic())
+        round_.complete(time.monotonic())
         job.remember(round_)
         job.round = None
         member.is_offering = False
@@ -386,6 +385,8 @@ class Member:
         order = member.order
         if round_ is None or job.status != "running" or round_.number != order.round:
             return
+        if round_.status == "complete":
+            return  # its model is being offered
         if not member.is_closing:
             self._reopen(job, round_)
             return
@@ -471,6 +472,8 @@ class Member:
         if member.is_offering or not member.is_top:
             return
         member.is_offering = True
+        # Nothing may make the aggregator go over its inputs again: once this is taken their slots hold others.
+        round_.status = "complete"
         contributors = set(round_.remote)
         if round_.accepted:
             contributors.add(self.link.incarnation)
@@ -492,6 +495,9 @@ class Member:
         member.is_offering = False
         if not isinstance(answer, Acknowledged):
             log.warning("job %s: the model of round %d was not taken: %s", job.spec.name, round_.number, answer)
+            round_.status = "closing"
+            member.applied = ()
+            self._call_later(_RETRY_SECONDS, partial(self._try_again, job))
             return
         if job.pools is None or member.order.attempt != order.attempt:
             return
