@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -118,18 +119,27 @@ def check_round(cluster: Cluster, model: Vector, round_number: int) -> list[int]
     return clients
 
 
+def is_mean_of_some(model: Vector, candidates: Sequence[int], fewest: int, round_number: int) -> bool:
+    """Whether a model is the mean of any set of at least so many of these clients' updates."""
+    subsets = (chosen for k in range(fewest, len(candidates) + 1) for chosen in combinations(candidates, k))
+    return any(np.array_equal(model, mean(chosen, round_number, len(model))) for chosen in subsets)
+
+
 class Trainers:
     """Clients that train until they are stopped, each in a thread, whatever happens to the nodes."""
 
     def __init__(self, cluster: Cluster, clients: Iterable[int], size: int) -> None:
         self._cluster = cluster
         self._size = size
+        self.numbers = list(clients)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self.models: dict[int, set[bytes]] = {}
-        """Each different model that any client has seen after a round."""
+        self.models: dict[int, dict[str, set[bytes]]] = {}
+        """Each different model that any client has seen, by the round it starts and its ETag."""
         self.errors: list[str] = []
-        self._threads = [threading.Thread(target=self._run, args=(client,), daemon=True) for client in clients]
+        self._threads = [
+            threading.Thread(target=self._run, args=(client,), daemon=True) for client in self.numbers
+        ]
 
     def __enter__(self) -> Trainers:
         for thread in self._threads:
@@ -173,4 +183,5 @@ class Trainers:
                     continue
                 model = client.wait_for_round(after=model.round, timeout=10.0)
                 with self._lock:
-                    self.models.setdefault(model.round, set()).add(bytes(model.tensors["w"].tobytes()))
+                    seen = self.models.setdefault(model.round, {}).setdefault(model.etag, set())
+                    seen.add(bytes(model.tensors["w"].tobytes()))
