@@ -35,6 +35,8 @@ _RETRY_SECONDS: Final = 1.0
 _OVERSLEPT_SECONDS: Final = 1.0
 """Waking so much later than asked for, the process was stopped and could not have heard its members."""
 _STOP_SECONDS: Final = 5.0
+_IS_FETCHED: Final = float("inf")
+"""In place of the time at which a model may be fetched: one of the threads is at it."""
 
 
 class ClusterService:
@@ -132,7 +134,8 @@ class ClusterService:
         due = coordinator.next_timer(time.monotonic())
         if due is not None and (self._timer_due is None or due < self._timer_due):
             self._timer.notify_all()
-        if any(task.job not in self._fetched for task in coordinator.checkpoint_tasks()):
+        # Also for a job whose last attempt failed: when it had nothing to store after that, nobody waits to try again.
+        if any(self._fetched.get(task.job, 0.0) < _IS_FETCHED for task in coordinator.checkpoint_tasks()):
             self._fetching.notify_all()
         if self._ended_rounds != coordinator.jobs.ended_rounds:
             self._old_rounds.notify_all()
@@ -290,9 +293,9 @@ class ClusterService:
             tasks = self.coordinator.checkpoint_tasks()
             due = [task for task in tasks if self._fetched.get(task.job, 0.0) <= now]
             if due:
-                self._fetched[due[0].job] = float("inf")
+                self._fetched[due[0].job] = _IS_FETCHED
                 return due[0]
-            times = [when for task in tasks if (when := self._fetched[task.job]) < float("inf")]
+            times = [when for task in tasks if (when := self._fetched[task.job]) < _IS_FETCHED]
             self._fetching.wait(min(times) - now if times else None)
         return None
 
