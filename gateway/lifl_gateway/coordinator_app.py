@@ -29,6 +29,7 @@ from lifl_gateway.event import MAX_ROUND, PAYLOAD_TYPES, event_from_headers
 from lifl_gateway.job_spec import decode_job_spec
 from lifl_gateway.model_responses import SAFETENSORS, FileBody, etag, newest_known
 from lifl_gateway.model_upload import ModelUpload
+from lifl_gateway.participation import answer_selection, decode_participant, not_selected
 from lifl_gateway.problems import Late, Unauthorized, register_error_answers
 from lifl_gateway.request_body import RequestBody
 from lifl_gateway.tokens import ANYONE, Identity, Tokens
@@ -141,6 +142,7 @@ class _PublicViews:
             ("/v1/jobs/<job>/model", "PUT", self.put_model),
             ("/v1/jobs/<job>/updates", "POST", self.post_update),
             ("/v1/jobs/<job>/rounds/<number>", "GET", self.describe_round),
+            ("/v1/jobs/<job>/rounds/<number>/participants", "POST", self.take_part),
             ("/v1/jobs/<job>/rounds/<number>/updates", "GET", self.list_updates),
             ("/v1/nodes", "GET", self.list_nodes),
             ("/v1/nodes/<node>/drain", "POST", self.drain),
@@ -201,6 +203,17 @@ class _PublicViews:
         }
         return _json(shown)
 
+    def take_part(self, job: str, number: str) -> Response:
+        """Give a client a place in a round."""
+        identity = self._identify()
+        round_number = _round_number(number)
+        if request.mimetype != _JSON:
+            raise Refused(415, "Unsupported Media Type", f"send the participant as {_JSON}")
+        client = decode_participant(_read_body(_MOST_JSON_BYTES)).client
+        identity.require_client(client)
+        selection = self._call(lambda c, now: c.requests.select(job, round_number, client))
+        return _json(*answer_selection(selection, round_number))
+
     # --- updates and models ----------------------------------------------------------------------------------
 
     def post_update(self, job: str) -> Response:
@@ -213,6 +226,8 @@ class _PublicViews:
             return _json({"status": "duplicate", "round": placed.round})
         if placed.status == "open":
             return _see_other(f"{placed.address}/v1/jobs/{quote(job, safe='')}/updates")
+        if placed.status == "unselected":
+            raise not_selected(placed.round)
         if placed.status == "early":
             raise Late("Early", f"round {event.round} is not open yet; round {placed.round} is", placed.round)
         raise Late("Late", f"round {event.round} is closed; round {placed.round} comes next", placed.round)

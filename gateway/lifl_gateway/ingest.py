@@ -30,6 +30,7 @@ from lifl_gateway.event import (
 from lifl_gateway.layouts import JobLayout, JobLayouts
 from lifl_gateway.metrics import Metrics
 from lifl_gateway.node_link import NodeLink, UpdatePool, header_room
+from lifl_gateway.participation import not_selected
 from lifl_gateway.problems import Elsewhere, Late, untimely
 from lifl_gateway.slots import HeldSlot
 from lifl_gateway.tokens import Identity
@@ -94,6 +95,8 @@ class _Place:
     state: JobState
     layout: JobLayout
     pool: UpdatePool
+    kept_slots: int
+    """Slots to leave free."""
 
     @property
     def most_bytes(self) -> int:
@@ -162,10 +165,17 @@ class Ingest:
             self._structured.release()
 
     def _place(self, state: JobState, updates_pool: int = -1) -> _Place:
-        """Where the update may go. `updates_pool` is the job's pool if that may be newer than `state`."""
-        if updates_pool >= 0:
+        """Where the update may go. `updates_pool` is the job's pool if that may be newer than `state`, as on the
+        nodes of a cluster.
+
+        There the updates for the next buffer of an asynchronous job wait in their slots for the end of the present
+        one. That needs the sums of other nodes, so they must always find a slot.
+        """
+        is_shared = updates_pool >= 0
+        if is_shared:
             state = msgspec.structs.replace(state, updates_pool=updates_pool)
-        return _Place(state, self._layouts.of(state), self._link.update_pool(state))
+        kept = 1 if is_shared and state.spec.mode == "async" else 0
+        return _Place(state, self._layouts.of(state), self._link.update_pool(state), kept)
 
     def _admit_and_store(self, event: UpdateEvent, state: JobState, body: Body, started: float) -> Outcome:
         """Asks first whether the update is wanted here: only then must the job's memory be on this node."""
@@ -194,7 +204,7 @@ class Ingest:
         return self._coordinator.ask(question, Verdict, seconds)
 
     def _store(self, event: UpdateEvent, place: _Place, body: Body, started: float, upload: _Upload) -> Outcome:
-        slot = self._take_slot(place.pool)
+        slot = self._take_slot(place)
         is_in_doubt = False
         try:
             filled = _receive(slot, place, body)
@@ -218,11 +228,12 @@ class Ingest:
         self._metrics.received_bytes.inc(filled.received_bytes)
         return Outcome("accepted", verdict.round)
 
-    def _take_slot(self, pool: UpdatePool) -> HeldSlot:
+    def _take_slot(self, place: _Place) -> HeldSlot:
+        pool = place.pool
         if self._in_doubt:
             self._link.settle_slots()
             self._in_doubt = False
-        slot = pool.slots.take()
+        slot = pool.slots.take(place.kept_slots)
         if slot is None:
             raise Busy("Full", "all slots for updates are in use; send it again in a moment")
         # The generation is in memory before the use: a gateway started anew on this seat goes on from it.
@@ -316,9 +327,7 @@ def _not_taken(verdict: Verdict, event: UpdateEvent, spec: JobSpec) -> Outcome:
     if verdict.status == "elsewhere":
         raise Elsewhere(verdict.address)
     if verdict.status == "unselected":
-        raise Refused(
-            409, "Not selected", f"enough other clients take part in round {verdict.round}; take part in the next"
-        )
+        raise not_selected(verdict.round)
     if verdict.status == "early":
         raise untimely("early", event.round, verdict.round)
     if spec.mode == "async":

@@ -40,6 +40,13 @@ def decode_participant(data: bytes) -> Participant:
     return participant
 
 
+def not_selected(round_number: int) -> Refused:
+    """What a client is told whose update came without its having a place in the round."""
+    return Refused(
+        409, "Not selected", f"enough other clients take part in round {round_number}; take part in the next"
+    )
+
+
 def answer_selection(selection: Selection, round_number: int) -> tuple[dict[str, object], int]:
     """The body and the status of the answer; raises Refused when the client does not take part."""
     match selection.status:

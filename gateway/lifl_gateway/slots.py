@@ -54,10 +54,10 @@ class SeatSlots:
         """Slots that may be taken now."""
         return len(self._free)
 
-    def take(self) -> HeldSlot | None:
-        """Hold a free slot in a new generation; None when there is none."""
+    def take(self, keep: int = 0) -> HeldSlot | None:
+        """Hold a free slot in a new generation; None when no more than `keep` are left."""
         with self._lock:
-            if not self._free:
+            if len(self._free) <= keep:
                 return None
             index = self._free.pop()
             generation = (self._generations[index] + 1) & 0xFFFFFFFF

@@ -12,12 +12,28 @@ a = 1/2. It is not in the denominator: old differences move the model less, and 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lifl.messages import JobSpec
+
+Time = Literal["early", "late", "open"]
 
 
 def staleness_weight(staleness: int, exponent: float) -> float:
     """s(t): what the difference of an update is multiplied with that is so many models old; 1 for a fresh one."""
     return float((1 + max(0, staleness)) ** -exponent)
+
+
+def oldest_base(spec: JobSpec, round_number: int) -> int:
+    """The first round whose model an update that counts in this round may have been trained from."""
+    return max(1, round_number - spec.max_staleness) if spec.mode == "async" else round_number
+
+
+def time_of(spec: JobSpec, base: int, round_number: int) -> Time:
+    """How an update that was trained from the model of round `base` stands in time while a round is open."""
+    if base > round_number:
+        return "early"
+    return "open" if base >= oldest_base(spec, round_number) else "late"
 
 
 def contributor_of(spec: JobSpec, client: str, base: int) -> str:

@@ -35,6 +35,7 @@ from lifl.cluster.messages import (
     RejectUpdate,
 )
 from lifl.messages import Acknowledged, JobSpec, Problem
+from lifl.staleness import contributor_of
 
 JOB = "walk"
 FUNCTION = "fedavg"
@@ -62,7 +63,9 @@ class PaperNode:
     seen: int = 0
     held: Memory = field(default_factory=dict)
     uploads: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Round, attempt and nonce of each client whose update was placed here and is not sent to be counted."""
+    """By contributor, round, attempt and nonce of each update that was placed here and not sent to be counted."""
+    postponed: dict[str, tuple[float, int, int]] = field(default_factory=dict)
+    """By contributor, weight, version of the order that is waited for, and nonce."""
     queue: deque[Any] = field(default_factory=deque)
     partials: dict[str, Memory] = field(default_factory=dict)
     has_sent: bool = False
@@ -80,7 +83,7 @@ class PaperNode:
         self.life += 1
         self.is_alive = True
         self.order, self.seen = None, 0
-        self.held, self.uploads, self.partials, self.models = {}, {}, {}, {}
+        self.held, self.uploads, self.partials, self.models, self.postponed = {}, {}, {}, {}, {}
         self.queue.clear()
         self.has_sent = self.has_finished = False
 
@@ -88,7 +91,10 @@ class PaperNode:
         before = self.order
         if before is None or (before.round, before.attempt) != (order.round, order.attempt):
             self.held, self.partials, self.has_sent, self.has_finished = {}, {}, False, False
-            self.uploads.clear()
+            if before is None or before.attempt != order.attempt:
+                self.postponed.clear()
+            if order.spec.mode == "sync" or not self.postponed:
+                self.uploads.clear()
         elif before.epoch != order.epoch or order.role != before.role or not order.role:
             self.has_sent = self.has_finished = False
             if order.epoch != before.epoch or order.role != "top":
@@ -96,6 +102,20 @@ class PaperNode:
         if order.role == "top" and order.phase == "open":
             self.has_finished = False
         self.order = order
+        self._ask_again(order)
+
+    def is_asking_for(self, contributor: str) -> bool:
+        """Whether another upload of the same update waits for an answer here."""
+        asked = any(isinstance(message, CountUpdate) and message.client == contributor for message in self.queue)
+        return asked or contributor in self.postponed
+
+    def _ask_again(self, order: JobOrder) -> None:
+        """Have counted what came while a buffer was being closed."""
+        for contributor, (weight, version, nonce) in list(self.postponed.items()):
+            if order.version >= version and order.phase == "open" and order.status == "running":
+                del self.postponed[contributor]
+                self.held[contributor] = weight
+                self.queue.append(CountUpdate(JOB, nonce, order.round, order.attempt, contributor, weight))
 
 
 class PaperCluster:
@@ -110,6 +130,8 @@ class PaperCluster:
         self.nodes = {f"n{number}": PaperNode(f"n{number}") for number in range(nodes)}
         self.models: dict[tuple[int, int], Memory] = {}
         """What is in each model that the coordinator has accepted, by attempt and round."""
+        self.lineage: dict[int, set[str]] = {}
+        """Contributors of the rounds that led to the newest model."""
         self.coordinator.create_job(spec)
         for node in self.nodes.values():
             self.coordinator.register(registration(node.name, node.incarnation), self.now)
@@ -204,10 +226,23 @@ class PaperCluster:
         assert complete.state.accepted == len(content) == message.updates
         self.models[key] = content
         node.models[key] = content
+        self._check_lineage(message.round, content)
+
+    def _check_lineage(self, number: int, content: Memory) -> None:
+        """An update of an asynchronous job is in one model only."""
+        self.lineage = {other: names for other, names in self.lineage.items() if other < number}
+        if self.job.spec.mode == "async":
+            assert not any(names & content.keys() for names in self.lineage.values())
+        self.lineage[number] = set(content)
 
     def _take_answer(self, node: PaperNode, message: Any, answer: Any) -> None:
         order = node.order
-        if isinstance(message, CountUpdate) and order is not None:
+        if isinstance(answer, Counted) and answer.status == "ask-again" and order is not None:
+            node.held.pop(message.client, None)
+            if message.attempt == order.attempt:
+                node.postponed[message.client] = (message.num_samples, answer.version, message.nonce)
+                node.take_order(order)  # it may be known already that it can be counted now
+        elif isinstance(message, CountUpdate) and order is not None:
             is_present = (message.round, message.attempt) == (order.round, order.attempt)
             if is_present and not (isinstance(answer, Counted) and answer.status == "accepted"):
                 node.held.pop(message.client, None)
@@ -221,28 +256,33 @@ class PaperCluster:
         if not self.reaches(asking):
             return
         number = self.job.round.number if self.job.round is not None else 1
+        is_buffered = self.job.spec.mode == "async"
+        base = max(1, number - self.random.randrange(5)) if is_buffered else number
         try:
-            answer = self.send(asking, PlaceUpdate(JOB, number, client, here))
+            answer = self.send(asking, PlaceUpdate(JOB, base, client, here))
         except Expired:
             self._register_anew(asking)
             return
         if isinstance(answer, Placed) and answer.status == "open":
             target = self.nodes[answer.node]
-            if target.is_alive and target.order is not None and target.order.round == number:
-                target.uploads[client] = (number, target.order.attempt, target.order.nonce)
+            if target.is_alive and target.order is not None and (is_buffered or target.order.round == number):
+                contributor = contributor_of(self.job.spec, client, base)
+                target.uploads[contributor] = (base, target.order.attempt, target.order.nonce)
 
     def finish_upload(self, node: PaperNode) -> None:
         """An update is complete in a node's memory, or its client gave up."""
         if not node.is_alive or not node.uploads:
             return
-        client = self.random.choice(sorted(node.uploads))
-        number, attempt, nonce = node.uploads.pop(client)
+        contributor = self.random.choice(sorted(node.uploads))
+        number, attempt, nonce = node.uploads.pop(contributor)
         if self.random.random() < 0.1:
-            node.queue.append(EndUpload(JOB, number, client))
-        elif client not in node.held:
+            node.queue.append(EndUpload(JOB, number, contributor.partition("@")[0]))
+        elif contributor not in node.held and not node.is_asking_for(contributor):
             weight = float(self.random.randint(1, 9))
-            node.held[client] = weight
-            node.queue.append(CountUpdate(JOB, nonce, number, attempt, client, weight))
+            if self.job.spec.mode == "async" and node.order is not None:
+                number = node.order.round
+            node.held[contributor] = weight
+            node.queue.append(CountUpdate(JOB, nonce, number, attempt, contributor, weight))
 
     def _is_counted(self, node: PaperNode) -> bool:
         """Every update that the node holds was answered, and they are as many as its order says."""
@@ -373,8 +413,10 @@ def job_snapshot(job: Any) -> dict[str, Any]:
         "broken": dict(job.broken),
         "checkpoints": list(job.checkpoints),
         "index": sorted(incarnation for incarnation in job.broken if incarnation in job.index),
-        "last": job.last.described() if job.last is not None else None,
+        # Only a few rounds are kept in memory. After going back more than these, a restart knows more than before.
+        "last": job.last.described() if job.last is not None and not job.attempt else None,
         "before": dict(job.counted_before),
+        "earlier": job.earlier.by_base(),
     }
     if round_ is not None:
         found |= {

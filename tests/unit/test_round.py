@@ -14,7 +14,8 @@ from lifl.control.hierarchy import Hierarchy, PendingEstimate, plan_hierarchy
 from lifl.control.job import Job
 from lifl.control.job_store import JobStore
 from lifl.control.latencies import BOUNDS, LatencyHistogram, describe_updates
-from lifl.control.round import Round, places_of
+from lifl.control.round import Round
+from lifl.control.selection import places_of
 from lifl.messages import JobSpec
 from lifl.staleness import contributor_of
 

@@ -9,7 +9,7 @@ lost: the job then goes back to its newest stored model, as another attempt.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, Literal
@@ -23,8 +23,10 @@ from lifl.cluster.members import Member, Members
 from lifl.cluster.messages import JobOrder, RoundReport
 from lifl.cluster.order_news import OrderNews
 from lifl.cluster.placement import PlacementIndex
+from lifl.control.earlier_updates import EarlierUpdates
 from lifl.control.hierarchy import PendingEstimate, plan_hierarchy
 from lifl.messages import JobSpec, JobState, RoundState
+from lifl.staleness import oldest_base
 
 Status = Literal["waiting-for-model", "running", "complete", "deleted", "failed"]
 
@@ -106,6 +108,11 @@ class ClusterJob:
     """The last complete rounds, oldest first."""
     counted_before: dict[str, str] = field(default_factory=dict)
     """Incarnation of each client's update in the last complete round: a repeated question is answered alike."""
+    counted_in: dict[int, list[str]] = field(default_factory=dict)
+    """In an asynchronous job, contributors by the complete round they count in, as far as it matters: also for a
+    job that goes back to its newest stored model."""
+    earlier: EarlierUpdates = field(default_factory=EarlierUpdates)
+    """What these contributors are for the open round."""
     version: int = 0
     """Of what all nodes are told alike."""
     versions: dict[str, int] = field(default_factory=dict)
@@ -319,7 +326,9 @@ class ClusterJob:
         """Open a round."""
         key = self.journal.new_key("rounds")
         before = self.round
-        self.round = ClusterRound(key, self.key, number, self.attempt, self.spec, now, self.journal)
+        self.round = ClusterRound(
+            key, self.key, number, self.attempt, self.spec, now, self.journal, earlier=self.earlier
+        )
         self.round.touch()
         for incarnation in before.shares if before is not None else ():
             member = self.members.find(incarnation)
@@ -333,7 +342,23 @@ class ClusterJob:
         self.recent.append(CompleteRound(round_.key, round_.number, round_.attempt, state))
         del self.recent[:-KEPT_ROUNDS]
         self.counted_before = {client: update.member for client, update in round_.updates.items()}
+        self.remember_counted(round_.number, round_.updates)
         self.journal.save_state(round_.key, state)
+
+    def remember_counted(self, round_number: int, contributors: Iterable[str]) -> None:
+        """Note what counts in a complete round of an asynchronous job, as long as it may be sent again."""
+        if self.spec.mode != "async":
+            return
+        names = self.counted_in[round_number] = list(contributors)
+        self.earlier.add(names)
+        self.earlier.forget_before(oldest_base(self.spec, round_number + 1))
+        for number in [number for number in self.counted_in if number < self.oldest_counted]:
+            del self.counted_in[number]
+
+    @property
+    def oldest_counted(self) -> int:
+        """The first round whose contributors matter, if the job went back to its newest stored model now."""
+        return oldest_base(self.spec, max(1, self.checkpointed_round))
 
     def roll_back(self, now: float) -> None:
         """Go back to the newest stored model: what was made of it since is lost."""
@@ -347,6 +372,11 @@ class ClusterJob:
         self.maker = ""
         self.recent = [complete for complete in self.recent if complete.number < first]
         self.counted_before.clear()
+        kept = [(number, names) for number, names in self.counted_in.items() if number < first]
+        self.counted_in.clear()
+        self.earlier = EarlierUpdates()
+        for number, names in kept:
+            self.remember_counted(number, names)
         self.model_round = self.made_round = first
         self.status = "running"
         self.open_round(first, now)

@@ -83,10 +83,6 @@ class ClusterJobs:
                 409, "name taken", f"another job is called {spec.name!r}; DELETE it or choose another name"
             )
         check_spec(spec)
-        if spec.mode != "sync" or spec.over_selection:
-            raise Refused(
-                422, "not in a cluster", "asynchronous jobs and over-selection run on single nodes only, so far"
-            )
         self._require_function(spec.function)
         former = self.deleted.get(spec.name)
         if former is not None:
@@ -166,7 +162,8 @@ class ClusterJobs:
 
     def complete(self, job: ClusterJob, round_: ClusterRound, now: float) -> None:
         """The model of the round was made."""
-        self.placements.release_all(round_)
+        if not round_.is_buffer:  # what is on its way to a buffer counts in the next one
+            self.placements.release_all(round_)
         job.remember(round_, round_.state(job.name_of))
         job.made(round_.number + 1, round_.top)
         job.touch()
@@ -178,11 +175,16 @@ class ClusterJobs:
     def publish(self, job: ClusterJob, now: float) -> None:
         """Tell the nodes of the newest model, and open the next round if there is one."""
         job.model_round = job.made_round
+        before = job.round
         if job.spec.rounds and job.model_round > job.spec.rounds:
+            if before is not None:
+                self.placements.release_all(before)
             job.status, job.round = "complete", None
             job.touch()
         else:
             job.open_round(job.model_round, now)
+            if before is not None and job.round is not None:
+                self.placements.carry_over(before, job.round)
         job.tell_all()
 
     def stored(self, job: ClusterJob, round_number: int, now: float) -> list[int]:
@@ -326,6 +328,9 @@ class ClusterJobs:
             for key, report in reports.items():
                 complete.add(self.members.by_key(key).incarnation, report)
             job.recent.append(complete)
+        if job.spec.mode == "async":
+            for number, contributors in self.journal.counted_since(job.key, job.oldest_counted):
+                job.remember_counted(number, contributors)
         last = job.last
         if last is not None and (last.number, last.attempt) == (job.made_round - 1, job.attempt):
             job.counted_before = {
@@ -341,6 +346,7 @@ class ClusterJobs:
             for member in self.members.all
         }
         job.round = ClusterRound.restore(row, job.spec, self.journal, able, now)
+        job.round.earlier = job.earlier
         job.reindex_all()
         if not job.round.is_complete:
             job.round.restore_fences(now, job.version)

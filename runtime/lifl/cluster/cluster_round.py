@@ -9,6 +9,9 @@ aggregates. A share whose node is lost is in one of three states. It was never a
 delivered: it counts. Or nobody here knows whether the top has it: it is *fenced*. The top is told that it
 belongs to the round no more, and is dropped only when the top has acknowledged that without having it.
 
+In an asynchronous job a round is one buffer. What comes while it is being closed waits for the next one, and what
+counted in an earlier one is a duplicate. Updates go by their contributors' names then (`lifl.staleness`).
+
 The round knows no clock but the `now` it is given, and writes what it does to the journal's buffer.
 """
 
@@ -21,10 +24,13 @@ from typing import Final, Literal
 
 from lifl.cluster.journal import COUNTED, DROPPED, REJECTED, Journal, RoundRow
 from lifl.cluster.messages import NodeRole, Phase
+from lifl.control.earlier_updates import EarlierUpdates
+from lifl.control.selection import Selected, select_client
 from lifl.errors import Busy, Refused
 from lifl.messages import JobSpec, RoundState
 
-Verdict = Literal["open", "accepted", "duplicate", "late"]
+Verdict = Literal["open", "accepted", "duplicate", "late", "unselected", "closing"]
+"""`closing`: in an asynchronous job, one for the next round."""
 
 ChooseTop = Callable[[Mapping[str, int]], str]
 """Chooses the top from the number of updates that each incarnation has."""
@@ -114,6 +120,11 @@ class ClusterRound:
     """Updates in fenced shares."""
     is_short: bool = False
     """The round is closing but lacks updates if the fenced shares are not in it."""
+    earlier: EarlierUpdates = field(default_factory=EarlierUpdates)
+    """What counted in earlier buffers of an asynchronous job."""
+    selected: set[str] = field(default_factory=set)
+    """Clients that have a place in the round, if the job selects clients; in memory only, but for those whose
+    updates count."""
 
     # --- what counts -----------------------------------------------------------------------------------------
 
@@ -121,6 +132,11 @@ class ClusterRound:
     def accepted(self) -> int:
         """Updates that count."""
         return len(self.updates)
+
+    @property
+    def is_buffer(self) -> bool:
+        """It is one of an asynchronous job."""
+        return self.spec.mode == "async"
 
     @property
     def is_reopened(self) -> bool:
@@ -152,14 +168,24 @@ class ClusterRound:
                 raise Busy("a node was lost", "whether this update still counts is not known yet", retry_after=0.2)
             self.duplicates += 1
             return "duplicate"
+        if client in self.earlier:
+            self.duplicates += 1
+            return "duplicate"
         # Fenced updates may count after all: with them a round never gets more than its goal.
         is_doubtful = self.is_short or (self.phase == "open" and self.accepted >= self.spec.goal)
         if self.phase == "open" and not is_doubtful:
-            return "open"
+            has_place = not self.spec.over_selection or self.select(client) != "enough"
+            return "open" if has_place else "unselected"
         if is_doubtful:
             raise Busy("a node was lost", "whether the round needs more updates is not known yet", retry_after=0.2)
+        if self.is_buffer:
+            return "closing"
         self.late += 1
         return "late"
+
+    def select(self, client: str) -> Selected:
+        """Give a client a place in the round, if there is one; for jobs that select clients."""
+        return select_client(self.selected, client, self.spec)
 
     def may_take(self, member: str) -> bool:
         """Whether this node can still fold an update: the partial aggregate of a middle may be sent already."""
@@ -180,6 +206,8 @@ class ClusterRound:
         if verdict != "open":
             return verdict
         if not self.may_take(member):
+            if self.is_buffer:
+                return "closing"
             raise Busy("sent already", "this node's part of the round is on its way; send again", retry_after=0.1)
         if not self.first or started < self.first:
             self.first = started
@@ -237,6 +265,7 @@ class ClusterRound:
         self._end(update, REJECTED)
         self.rejected += 1
         self.rejected_clients.append(client)
+        self.selected.discard(client)  # if it cannot do better, another may
         share.updates -= 1
         if share.fence:
             self.fenced -= 1
@@ -429,6 +458,7 @@ class ClusterRound:
             nodes=len(self.shares),
             top=names(self.top) if self.top else "",
             lost=self.lost,
+            selected=len(self.selected),
         )
 
     # --- the journal -----------------------------------------------------------------------------------------
@@ -508,6 +538,8 @@ class ClusterRound:
             self.weight += num_samples
             share.updates += 1
             share.clients.append(client)
+            if self.spec.over_selection:
+                self.selected.add(client)
         self._restore_shares(members, self.journal.shares_of(self.key))
 
     def _restore_shares(

@@ -118,10 +118,19 @@ class ClusterCoordinator:
     def answer(self, name: str, request: MemberMessages, arrived: float, now: float) -> list[MemberAnswer]:
         """Act on a member's messages in order. `arrived` is when the request came, for the lease.
 
-        Raises Expired for one that is no member (any more).
+        Raises Expired for one that is no member (any more), Refused 409 for a request that was overtaken.
         """
         member = self.members.require(name, request.incarnation, arrived)
-        return [self.requests.answer(member, message, now) for message in request.messages]
+        if request.sequence and request.sequence == member.sequence:
+            return member.answers
+        if request.sequence and request.sequence < member.sequence:
+            raise Refused(
+                409, "too late", f"request {member.sequence} of {name} was answered before this one came"
+            )
+        answers = [self.requests.answer(member, message, now) for message in request.messages]
+        if request.sequence:
+            member.sequence, member.answers = request.sequence, answers
+        return answers
 
     def note_request(self, name: str, request: OrdersRequest, arrived: float, now: float) -> Member:
         """Take in what a member says when it asks for orders; raises Expired for one that is no member."""

@@ -414,6 +414,15 @@ class Journal:
             found.append((row, msgspec.json.decode(body[0], type=RoundState), _reports(self._connection, row.key)))
         return found[::-1]
 
+    def counted_since(self, job: int, first: int) -> Iterator[tuple[int, list[str]]]:
+        """Number and counted clients of each complete round of a job from `first` on."""
+        query = (
+            "SELECT key, number FROM rounds WHERE job = ? AND status = 'complete' AND number >= ? ORDER BY number"
+        )
+        for key, number in self._connection.execute(query, (job, first)).fetchall():
+            rows, _ = _rows_of(self._connection, key, 0, 1 << 62)
+            yield number, [client for client, _, _, state in rows if state == COUNTED]
+
     # --- what was, for readers in any thread -------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -437,15 +446,7 @@ class Journal:
     def record_of(self, round_key: int, offset: int = 0, most: int = 1 << 62) -> tuple[list[UpdateRecord], int]:
         """Updates of a round from `offset` on, in the order of counting, and how many there are in all."""
         with self._reader() as connection:
-            body = connection.execute("SELECT body FROM records WHERE round = ?", (round_key,)).fetchone()
-            if body is not None:
-                rows = msgspec.msgpack.decode(zlib.decompress(body[0]), type=list[tuple[str, int, float, int]])
-                total, part = len(rows), rows[offset : offset + most]
-            else:
-                total = connection.execute(
-                    "SELECT count(*) FROM updates WHERE round = ?", (round_key,)
-                ).fetchone()[0]
-                part = _update_rows(connection, round_key, offset, min(most, total))
+            part, total = _rows_of(connection, round_key, offset, most)
             names = {key: (name, incarnation) for key, name, incarnation in _member_names(connection)}
         return [
             UpdateRecord(c, *names[key], samples, STATE_NAMES[state]) for c, key, samples, state in part
@@ -487,9 +488,23 @@ class Journal:
                     connection.execute(deletion, (round_key, round_key, _COMPACT_ROWS))
 
 
-def _update_rows(
+_UpdateRow = tuple[str, int, float, int]
+"""Client, member, number of samples, state."""
+
+
+def _rows_of(
     connection: sqlite3.Connection, round_key: int, offset: int, most: int
-) -> list[tuple[str, int, float, int]]:
+) -> tuple[list[_UpdateRow], int]:
+    """Updates of a round, out of its record or still rows, and how many there are in all."""
+    body = connection.execute("SELECT body FROM records WHERE round = ?", (round_key,)).fetchone()
+    if body is not None:
+        rows = msgspec.msgpack.decode(zlib.decompress(body[0]), type=list[_UpdateRow])
+        return rows[offset : offset + most], len(rows)
+    total = connection.execute("SELECT count(*) FROM updates WHERE round = ?", (round_key,)).fetchone()[0]
+    return _update_rows(connection, round_key, offset, min(most, total)), total
+
+
+def _update_rows(connection: sqlite3.Connection, round_key: int, offset: int, most: int) -> list[_UpdateRow]:
     query = (
         "SELECT client, member, num_samples, state FROM updates WHERE round = ? AND sequence > ? "
         "ORDER BY sequence LIMIT ?"

@@ -210,6 +210,8 @@ class MemberLink:
         """Of the node's memory; another one after the lease was lost."""
         self.peer_address = ""
         """Where the other nodes reach this one; known once the gateways are there."""
+        self._sequence = 0
+        """Of the newest request with messages."""
         self._told: dict[str, int] = {}
         """Versions of the orders that came last."""
         self.seen: dict[str, int] = {}
@@ -346,7 +348,8 @@ class MemberLink:
 
     def _deliver(self, incarnation: str, batch: list[_Waiting]) -> None:
         """Send messages of one incarnation until they are answered, or void."""
-        messages = MemberMessages(incarnation, tuple(waiting.message for waiting in batch))
+        self._sequence += 1
+        messages = MemberMessages(incarnation, tuple(waiting.message for waiting in batch), self._sequence)
         pause = _FIRST_PAUSE_SECONDS
         while incarnation == self.incarnation:
             self._is_member.wait()

@@ -26,6 +26,7 @@ from lifl.cluster.messages import (
     RejectUpdate,
     RoundReport,
 )
+from lifl.control.selection import places_of
 from lifl.errors import Busy, Refused
 from lifl.messages import (
     Acknowledged,
@@ -41,7 +42,10 @@ from lifl.messages import (
     NodeState,
     Problem,
     RoundState,
+    SelectClient,
+    Selection,
 )
+from lifl.staleness import base_of, contributor_of, oldest_base, time_of
 
 log = logging.getLogger("lifl.coordinator")
 
@@ -100,6 +104,8 @@ class MemberRequests:
                 return self.list_jobs(message.after)
             case DescribeNodes():
                 return self.nodes(now)
+            case SelectClient():
+                return self.select(message.job, message.round, message.client)
 
     # --- updates -----------------------------------------------------------------------------------------------
 
@@ -121,21 +127,22 @@ class MemberRequests:
         Raises Refused or Busy when the update cannot be placed at all.
         """
         job, round_ = self._open_round(job_name)
-        if number > round_.number:
-            return Placed("early", round_.number)
-        if number < round_.number:
-            round_.late += 1
-            return Placed("late", round_.number)
-        verdict = round_.judge(client)
-        if verdict == "duplicate":
-            return Placed("duplicate", round_.number)
+        time = time_of(job.spec, number, round_.number)
+        if time != "open":
+            round_.late += time == "late"
+            return Placed(time, round_.number)
+        contributor = contributor_of(job.spec, client, number)
+        verdict = round_.judge(contributor)
+        if verdict == "duplicate" or verdict == "unselected":
+            return Placed(verdict, round_.number)
         if verdict == "late":
             return Placed("late", round_.number + 1)
         if job.kind is None:
             raise Busy(
                 "function not loaded yet", f"no node has imported {job.spec.function!r} so far", retry_after=0.5
             )
-        chosen = self._jobs.placements.place(job, round_, client, asking, here, now)
+        # One for the next buffer (`closing`) may come already: its node keeps it until that is open.
+        chosen = self._jobs.placements.place(job, round_, contributor, asking, here, now)
         return Placed("open", round_.number, chosen.name, chosen.registration.address)
 
     def _place(self, member: Member, message: PlaceUpdate, now: float) -> Placed:
@@ -143,9 +150,24 @@ class MemberRequests:
 
     def _end_upload(self, message: EndUpload) -> Acknowledged:
         job = self._jobs.by_name.get(message.job)
-        if job is not None and job.round is not None and job.round.number == message.round:
-            self._jobs.placements.release(job.round, message.client)
+        round_ = job.round if job is not None else None
+        if job is not None and round_ is not None and (round_.is_buffer or round_.number == message.round):
+            contributor = contributor_of(job.spec, message.client, message.round)
+            self._jobs.placements.release(round_, contributor)
         return Acknowledged()
+
+    def select(self, job_name: str, number: int, client: str) -> Selection:
+        """Give a client a place in a round; raises Refused."""
+        job, round_ = self._open_round(job_name)
+        time = time_of(job.spec, number, round_.number)
+        if time == "open" and not round_.is_buffer and round_.phase != "open":
+            return Selection("late", round_.number + 1)
+        if time != "open":
+            return Selection(time, round_.number)
+        if not job.spec.over_selection:
+            return Selection("everyone", round_.number)
+        status = round_.select(client)
+        return Selection(status, round_.number, len(round_.selected), places_of(job.spec))
 
     def _count(self, member: Member, message: CountUpdate, now: float) -> Counted:
         job = self._jobs.find(message.job)
@@ -158,6 +180,8 @@ class MemberRequests:
         job, round_ = self._open_round(message.job)
         if message.attempt != job.attempt or message.nonce != job.nonce:
             return Counted("late", round_.number)
+        if round_.is_buffer and message.round != round_.number:
+            return self._ask_again(job, round_, member)
         if message.round > round_.number:
             return Counted("early", round_.number)
         if message.round < round_.number:
@@ -179,13 +203,24 @@ class MemberRequests:
     def _count_in(
         self, job: ClusterJob, round_: ClusterRound, member: Member, message: CountUpdate, now: float
     ) -> Counted:
-        placed = self._jobs.placements.release(round_, message.client)
+        if round_.is_buffer and base_of(message.client) < oldest_base(job.spec, round_.number):
+            round_.late += 1
+            return Counted("late", round_.number)
+        placements = self._jobs.placements
+        placed = placements.find(round_, message.client)
+        if not round_.is_buffer:
+            placements.release(round_, message.client)
         self._require_able(job, round_, member)
         started = placed.since if placed is not None else now
         before = round_.accepted
         verdict = round_.count(member.incarnation, member.key, message.client, message.num_samples, started)
-        if verdict != "accepted":
-            return Counted("late" if verdict == "late" else "duplicate", round_.number + (verdict == "late"))
+        if verdict == "closing":
+            return self._ask_again(job, round_, member)
+        placements.release(round_, message.client)
+        if verdict == "late":
+            return Counted("late", round_.number + 1)
+        if verdict == "duplicate" or verdict == "unselected":
+            return Counted(verdict, round_.number)
         if round_.accepted > before:
             self._jobs.totals.counted += 1
             job.note_residual(member)
@@ -193,6 +228,11 @@ class MemberRequests:
             if job.raise_leaves(member):
                 job.tell(member.incarnation)
         return Counted("accepted", round_.number)
+
+    @staticmethod
+    def _ask_again(job: ClusterJob, round_: ClusterRound, member: Member) -> Counted:
+        """The update is for a round that is not open yet, or not known to be so on its node."""
+        return Counted("ask-again", round_.number, job.version_for(member.incarnation))
 
     @staticmethod
     def _require_able(job: ClusterJob, round_: ClusterRound, member: Member) -> None:
@@ -242,6 +282,7 @@ class MemberRequests:
         was_fenced = share is not None and share.fence > 0
         if round_.deliver(message.source) and was_fenced:
             job.tell(member.incarnation)
+            self._jobs.settle(job, now)  # with these updates the round may have enough
         return Acknowledged()
 
     def _made(self, member: Member, message: ModelMade, now: float) -> Acknowledged:

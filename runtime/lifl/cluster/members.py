@@ -15,7 +15,7 @@ import msgspec
 
 from lifl.cluster.journal import Journal
 from lifl.cluster.load import residual_capacity
-from lifl.cluster.messages import NodeLoad, Register
+from lifl.cluster.messages import MemberAnswer, NodeLoad, Register
 from lifl.errors import Refused
 
 Ending = Literal["lost", "left", "replaced"]
@@ -51,6 +51,10 @@ class Member:
     """Whether it drains, and how often it was asked to calibrate, as it was last told."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why, for each function that cannot be imported on it."""
+    sequence: int = 0
+    """Number of its newest request with messages; in memory only, as is the next."""
+    answers: list[MemberAnswer] = field(default_factory=list)
+    """What that request was answered."""
 
     @property
     def name(self) -> str:

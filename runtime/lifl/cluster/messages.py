@@ -37,12 +37,14 @@ from lifl.messages import (
     Nodes,
     Problem,
     RoundState,
+    SelectClient,
+    Selection,
 )
 
 Phase = Literal["open", "closing"]
 NodeRole = Literal["", "middle", "top"]
-CountVerdict = Literal["accepted", "duplicate", "late", "early"]
-PlaceVerdict = Literal["open", "duplicate", "late", "early"]
+CountVerdict = Literal["accepted", "duplicate", "late", "early", "unselected", "ask-again"]
+PlaceVerdict = Literal["open", "duplicate", "late", "early", "unselected"]
 
 # --- joining -----------------------------------------------------------------------------------------------
 
@@ -176,11 +178,13 @@ class Orders(Message):
 class PlaceUpdate(Message):
     """Asked before an update's body is read: would it be taken, and on which node? Answered by `Placed`.
 
-    The choice holds for the client until the round ends or the upload does, so a retry goes to the same node.
+    The choice holds for the client until the round ends or the upload does, so a retry goes to the same node. In
+    an asynchronous job it holds from one round to the next.
     """
 
     job: str
     round: int
+    """The round whose model the update was trained from."""
     client: str
     here: bool = False
     """It cannot be sent elsewhere: answer with the asking node unless that one is draining."""
@@ -200,6 +204,7 @@ class EndUpload(Message):
 
     job: str
     round: int
+    """As in `PlaceUpdate`."""
     client: str
 
 
@@ -213,16 +218,23 @@ class CountUpdate(Message):
     job: str
     nonce: int
     round: int
+    """The round that is open on the node: the update is to count in it and in no other."""
     attempt: int
     client: str
+    """What names the update among others: see `lifl.staleness.contributor_of`."""
     num_samples: float
 
 
 class Counted(Message):
-    """`accepted`, or why the update does not count; `round` is the open one."""
+    """`accepted`, or why the update does not count; `round` is the open one.
+
+    `ask-again`: that cannot be told before things have changed. The node keeps the update, and asks again when it
+    has carried out an order of `version` or later by which the round takes updates.
+    """
 
     status: CountVerdict
     round: int
+    version: int = 0
 
 
 class RejectUpdate(Message):
@@ -337,8 +349,9 @@ MemberMessage = (
     | DescribeRound
     | ListJobs
     | DescribeNodes
+    | SelectClient
 )
-MemberAnswer = Placed | Counted | Acknowledged | Problem | JobState | RoundState | Jobs | Nodes
+MemberAnswer = Placed | Counted | Selection | Acknowledged | Problem | JobState | RoundState | Jobs | Nodes
 
 
 class MemberMessages(Message):
@@ -346,6 +359,11 @@ class MemberMessages(Message):
 
     incarnation: str
     messages: tuple[MemberMessage, ...]
+    sequence: int = 0
+    """Counts the requests of an incarnation from 1, and is the same when one is repeated; 0: not counted.
+
+    So a repetition is answered as before, and a request that comes after a later one is not acted on.
+    """
 
 
 class Answers(Message):

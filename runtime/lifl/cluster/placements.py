@@ -69,6 +69,11 @@ class Placements:
                 return
             self.release(round_, client)
 
+    @staticmethod
+    def find(round_: ClusterRound, client: str) -> Placement | None:
+        """Where an update was placed that is on its way."""
+        return round_.placements.get(client)
+
     def release(self, round_: ClusterRound, client: str) -> Placement | None:
         """An update is no longer on its way; returns how it was placed, if it was."""
         placed = round_.placements.pop(client, None)
@@ -84,6 +89,12 @@ class Placements:
         clients = round_.placements if of is None else round_.placed_on.get(of.incarnation, ())
         for client in list(clients):
             self.release(round_, client)
+
+    @staticmethod
+    def carry_over(before: ClusterRound, after: ClusterRound) -> None:
+        """What was on its way to a round that is over is on its way to the next one."""
+        after.placements, before.placements = before.placements, {}
+        after.placed_on, before.placed_on = before.placed_on, {}
 
     def _take(self, member: Member, count: int) -> None:
         member.placed += count

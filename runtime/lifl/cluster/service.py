@@ -134,7 +134,7 @@ class ClusterService:
         due = coordinator.next_timer(time.monotonic())
         if due is not None and (self._timer_due is None or due < self._timer_due):
             self._timer.notify_all()
-        # Also for a job whose last attempt failed: when it had nothing to store after that, nobody waits to try again.
+        # Also for one whose last attempt failed: if it had nothing to store after that, nobody waits to try again.
         if any(self._fetched.get(task.job, 0.0) < _IS_FETCHED for task in coordinator.checkpoint_tasks()):
             self._fetching.notify_all()
         if self._ended_rounds != coordinator.jobs.ended_rounds:

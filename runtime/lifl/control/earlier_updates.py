@@ -23,6 +23,10 @@ class EarlierUpdates:
     def __len__(self) -> int:
         return sum(map(len, self._by_base.values()))
 
+    def by_base(self) -> dict[int, frozenset[str]]:
+        """The contributors by base."""
+        return {base: frozenset(names) for base, names in self._by_base.items() if names}
+
     def add(self, contributors: Iterable[str]) -> None:
         """Note the updates of a buffer that has become a model."""
         for contributor in contributors:

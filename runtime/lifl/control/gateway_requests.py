@@ -20,8 +20,9 @@ from lifl.control.job import MAX_UPDATE_SLOTS, Job, require_streaming
 from lifl.control.job_store import JOB_NAME, JobStore
 from lifl.control.latencies import BOUNDS, describe_updates
 from lifl.control.model_keeper import ModelKeeper
-from lifl.control.round import Admission, Round, places_of
+from lifl.control.round import Admission, Round
 from lifl.control.rounds import Rounds
+from lifl.control.selection import places_of
 from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds
 from lifl.descriptor import Kind
@@ -65,7 +66,7 @@ from lifl.messages import (
     Verdict,
 )
 from lifl.slot import split_slot_reference
-from lifl.staleness import contributor_of
+from lifl.staleness import contributor_of, time_of
 
 log = logging.getLogger("lifl.coordinator")
 
@@ -239,7 +240,7 @@ class GatewayRequests:
 
     def _select(self, request: SelectClient) -> Selection:
         job, round_ = self._find_open_round(request.job)
-        time_ = round_.time_of(request.round)
+        time_ = time_of(job.spec, request.round, round_.number)
         if time_ == "open" and not round_.is_buffer and round_.status != "open":
             time_ = "late"
         if time_ != "open":
@@ -375,8 +376,6 @@ class GatewayRequests:
     def _check(self, spec: JobSpec) -> None:
         """Raise `Refused` 422 for a job that cannot be run here."""
         check_spec(spec)
-        if self._context.member is not None and (spec.mode == "async" or spec.over_selection):
-            raise Refused(422, "not in a cluster", "asynchronous jobs and over-selection need a node on its own")
         functions = self._context.functions
         if functions is not None and spec.function not in functions:
             known = ", ".join(sorted(functions)) or "none"

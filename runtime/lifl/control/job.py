@@ -251,8 +251,10 @@ class Job:
                 f"{kind} needs all {self.spec.goal} updates of a round in memory at once, but the pool has "
                 f"{slots} slots of {stride:,} bytes; lower the goal, or stream with eager timing",
             )
-        if slots < gateways:
-            raise Refused(422, "too few slots", f"{slots} slots for {gateways} gateways; each needs one")
+        needed = fewest if self.spec.mode == "async" else gateways
+        if slots < needed:
+            each = "two, one of them for sums" if needed > gateways else "one"
+            raise Refused(422, "too few slots", f"{slots} slots for {gateways} gateways; each needs {each}")
         return slots
 
     # --- what was ----------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ class Member:
         if job.pools is None or job.installing:
             return
         if member.held_round < order.model_round:
-            if member.is_used or member.waiting:
+            if member.wants_model:
                 self._fetch(job)
             return
         if member.held_round > order.model_round:

@@ -20,7 +20,7 @@ from lifl.cluster.messages import (
     PlaceUpdate,
 )
 from lifl.control.background import Continuation
-from lifl.control.gateway_connections import GatewayConnection
+from lifl.control.gateway_connections import GatewayConnection, answer_request
 from lifl.control.gateway_requests import GatewayRequests
 from lifl.control.job import Job
 from lifl.control.member import Member
@@ -51,6 +51,7 @@ from lifl.messages import (
     PartialVerdict,
     Problem,
     RoundUpdates,
+    SelectClient,
     Slots,
     ToCoordinator,
     Uplink,
@@ -58,6 +59,7 @@ from lifl.messages import (
 )
 from lifl.model_layout import AccumulatorLayout
 from lifl.slot import split_slot_reference
+from lifl.staleness import contributor_of
 
 _LEFT = Problem(503, "this node has lost its coordinator", "send it again", 0.5)
 
@@ -82,6 +84,9 @@ class MemberRequests(GatewayRequests):
                 return self._offer_partial(connection, request)
             case CommitPartial():
                 return self._commit_partial(request)
+            case SelectClient():
+                self._ask(connection, request)
+                return None
             case _:
                 return super().answer(connection, request)
 
@@ -161,51 +166,124 @@ class MemberRequests(GatewayRequests):
             self._member.link.send(EndUpload(request.job, request.round, request.client))
 
     def _commit(self, connection: GatewayConnection, request: Commit) -> Message | None:
+        return self._count(connection, request, was_postponed=False)
+
+    def _answer_again(self, connection: GatewayConnection, request: ToCoordinator) -> Message | None:
+        assert isinstance(request, Commit)
+        return self._count(connection, request, was_postponed=True)
+
+    def _count(self, connection: GatewayConnection, request: Commit, was_postponed: bool) -> Message | None:
+        """Have the coordinator count an update, now or when a round is open that it may count in."""
         self._end_upload(request)
         self._require_current(request.gateway, request.slot)
         job = self._require_running(request.job)
         member, round_ = self._membership(job), job.round
-        if round_ is None or request.round > round_.number:
+        is_buffer = job.spec.mode == "async"
+        if was_postponed and not self._has_slot(job, request):
+            return _LEFT  # the job's memory was given up meanwhile, and the update with it
+        if is_buffer and (round_ is None or self._is_closing(request.job)):
+            self._require_slot(job, request)
+            self._keep(connection, request)
+            return None
+        if not is_buffer and (round_ is None or request.round > round_.number):
             return Verdict("early", member.order.round)
-        if request.round < round_.number:
+        assert round_ is not None
+        if not is_buffer and request.round < round_.number:
             return Verdict("late", round_.number)
-        pool, _ = split_slot_reference(request.slot)
-        is_taken = request.slot in round_.in_slot or request.slot in member.counting
-        if job.pools is None or pool != job.pools.updates.pool or is_taken:
-            raise Refused(500, "not a slot of this job", f"slot {request.slot:#x}")
+        self._require_slot(job, request)
         member.counting[request.slot] = request.generation
         question = CountUpdate(
             job=job.spec.name,
             nonce=job.nonce,
-            round=request.round,
+            round=round_.number,
             attempt=member.order.attempt,
-            client=request.client,
+            client=contributor_of(job.spec, request.client, request.round),
             num_samples=request.num_samples,
         )
-        self._member.link.send(question, partial(self._counted, connection, request, job, round_))
+        self._member.link.send(question, partial(self._counted, connection, request, job, round_, was_postponed))
         return None
 
+    def _require_slot(self, job: Job, request: Commit) -> None:
+        """Raise `Refused` 500 unless the request's slot is one of this job's that nothing else is in."""
+        is_taken = request.slot in self._membership(job).counting
+        is_taken |= job.round is not None and request.slot in job.round.in_slot
+        if is_taken or not self._has_slot(job, request):
+            raise Refused(500, "not a slot of this job", f"slot {request.slot:#x}")
+
+    @staticmethod
+    def _has_slot(job: Job, request: Commit) -> bool:
+        pool, _ = split_slot_reference(request.slot)
+        return job.pools is not None and pool == job.pools.updates.pool
+
+    def _is_closing(self, name: str) -> bool:
+        """Whether updates of an asynchronous job wait here for another order."""
+        job = self._context.jobs.get(name)
+        if job is None or job.status != "running" or job.pools is None:
+            return False  # they are answered with what stands against them
+        member, round_ = self._membership(job), job.round
+        return round_ is None or round_.number != member.order.round or not member.may_count
+
     def _counted(
-        self, connection: GatewayConnection, request: Commit, job: Job, round_: Round, answer: MemberAnswer
+        self,
+        connection: GatewayConnection,
+        request: Commit,
+        job: Job,
+        round_: Round,
+        was_postponed: bool,
+        answer: MemberAnswer,
     ) -> None:
         member = self._membership(job)
         member.counting.pop(request.slot, None)
-        verdict = self._verdict(request, job, round_, answer)
+        if isinstance(answer, Counted) and answer.status == "ask-again":
+            member.ask_after = max(member.ask_after, answer.version)
+            self._count_later(connection, request, job)
+            return
+        verdict = self._verdict(request, job, round_, was_postponed, answer)
         if connection.has_ended and not (isinstance(verdict, Verdict) and verdict.status == "accepted"):
             self._context.release(request.slot, request.generation, request.round)
         connection.answer(verdict)
         if job.round is round_:
             self._rounds.close_if_possible(job)
 
-    def _verdict(self, request: Commit, job: Job, round_: Round, answer: MemberAnswer) -> Message:
+    def _count_later(self, connection: GatewayConnection, request: Commit, job: Job) -> None:
+        """Keep an update that cannot be counted before another order comes."""
+        if connection.has_ended:
+            self._context.release(request.slot, request.generation, request.round)
+        elif job.pools is None:
+            connection.answer(_LEFT)
+        else:
+            answer_request(self._keep, connection, request)
+        if job.round is not None:
+            self._rounds.close_if_possible(job)
+
+    def _keep(self, connection: GatewayConnection, request: ToCoordinator) -> None:
+        assert isinstance(request, Commit)
+        self._postpone(connection, request)
+        job = self._find(request.job)
+        self._membership(job).has_postponed = True
+        self._member.advance(job)
+
+    def answer_postponed(self) -> None:
+        """As `GatewayRequests.answer_postponed`."""
+        for name in self._postponed:
+            job = self._context.jobs.get(name)
+            if job is not None and job.member is not None and not self._is_closing(name):
+                job.member.has_postponed = False
+        super().answer_postponed()
+
+    def _verdict(
+        self, request: Commit, job: Job, round_: Round, was_postponed: bool, answer: MemberAnswer
+    ) -> Message:
         if not isinstance(answer, Counted):
             return _problem(answer)
         if answer.status != "accepted":
+            assert answer.status != "ask-again"
             return Verdict(answer.status, answer.round)
-        if job.round is not round_ or request.client in round_.updates:
+        contributor = contributor_of(job.spec, request.client, request.round)
+        if job.round is not round_ or contributor in round_.updates:
             return _LEFT
         update = round_.accept(
-            request.client,
+            contributor,
             request.slot,
             request.generation,
             request.num_samples,
@@ -217,9 +295,12 @@ class MemberRequests(GatewayRequests):
         if record is None:
             self._workforce.start_missing(job)
         destination = record.endpoint if record is not None and record.assigned else 0
-        # The gateway may have been replaced while the coordinator counted: then nobody else sends it.
-        if self._context.gateways.get(self._context.seat_of(request.slot)) != request.gateway and destination:
+        # The gateway may have been replaced while the coordinator counted, or have waited long enough: then nobody
+        # else sends it.
+        is_replaced = self._context.gateways.get(self._context.seat_of(request.slot)) != request.gateway
+        if (is_replaced or was_postponed) and destination:
             self._context.send(destination, update.slot, round_.number, update.kind, update.generation)
+            destination = 0
         return Verdict("accepted", round_.number, destination)
 
     def _busy_slots(self, seat: int) -> Slots:

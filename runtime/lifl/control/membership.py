@@ -32,12 +32,26 @@ class Membership:
     """Who waits for the open round to be ready here."""
     counting: dict[int, int] = field(default_factory=dict)
     """Updates that the coordinator was asked to count: generation by slot reference."""
+    has_postponed: bool = False
+    """Updates wait here for the next buffer of an asynchronous job: its model is fetched for them."""
+    ask_after: int = 0
+    """Version of the order before which updates wait that came while a buffer was being closed."""
     undelivered: int = 0
     """Partial aggregates that are here and of which the coordinator has not said that it knows."""
     is_used: bool = True
     """The last round had updates here: then the next model is fetched before anybody asks for it."""
     received_bytes: int = 0
     """From other nodes, for the open round."""
+
+    @property
+    def may_count(self) -> bool:
+        """Whether the coordinator may be asked to count updates, as far as this node has heard."""
+        return self.order.version >= self.ask_after and self.order.phase == "open"
+
+    @property
+    def wants_model(self) -> bool:
+        """Whether somebody here will use the newest model."""
+        return self.is_used or self.has_postponed or bool(self.waiting)
 
     @property
     def is_closing(self) -> bool:

@@ -18,11 +18,12 @@ from typing import Literal
 
 from lifl.control.earlier_updates import EarlierUpdates
 from lifl.control.hierarchy import Hierarchy
+from lifl.control.selection import Selected, select_client
 from lifl.descriptor import Kind
 from lifl.messages import JobSpec, RoundState, UpdateState
+from lifl.staleness import time_of
 
 Admission = Literal["open", "duplicate", "late", "early", "unselected", "closing"]
-Selected = Literal["selected", "again", "enough"]
 
 
 @dataclass(slots=True, eq=False)
@@ -162,24 +163,13 @@ class Round:
         """It is one of an asynchronous job."""
         return self.spec.mode == "async"
 
-    @property
-    def oldest_base(self) -> int:
-        """The first round whose model an update of this one may have been trained from."""
-        return max(1, self.number - self.spec.max_staleness) if self.is_buffer else self.number
-
-    def time_of(self, base: int) -> Literal["early", "late", "open"]:
-        """How an update that was trained from this round's model stands in time, the status of the round aside."""
-        if base > self.number:
-            return "early"
-        return "open" if base >= self.oldest_base else "late"
-
     def judge(self, base: int, contributor: str) -> Admission:
         """Say whether an update trained from the model of round `base` would be taken; counts what is not.
 
         `closing`: it would be, but the buffer is just being closed, so ask again when the next one is open. In a
         job that selects clients, one that was not selected gets a place if there is one.
         """
-        time = self.time_of(base)
+        time = time_of(self.spec, base, self.number)
         if time == "open":
             return self.admit(contributor)
         self.late += time == "late"
@@ -201,12 +191,7 @@ class Round:
 
     def select(self, client: str) -> Selected:
         """Give a client a place in the round, if there is one; for jobs that select clients."""
-        if client in self.selected:
-            return "again"
-        if len(self.selected) >= places_of(self.spec):
-            return "enough"
-        self.selected.add(client)
-        return "selected"
+        return select_client(self.selected, client, self.spec)
 
     def accept(
         self, client: str, slot: int, generation: int, num_samples: float, started: float, now: float = 0.0
@@ -325,12 +310,6 @@ class Round:
             cold=self.cold,
             selected=len(self.selected),
         )
-
-
-def places_of(spec: JobSpec) -> int:
-    """How many clients are selected for a round of a job that selects them."""
-    # 10 * (1 + 0.1) is a little more than 11 in floating point, and must not become 12.
-    return math.ceil(round(spec.goal * (1 + spec.over_selection), 6))
 
 
 def _quantile(ascending: Sequence[float], share: float) -> float:
