@@ -7,15 +7,24 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from lifl_bench.hosts import Hosts, why_not
+from lifl_bench.hosts import Hosts, why_no_clocks, why_not
 
 
 def require_hosts() -> None:
     """Skip the test where there can be no hosts; under CI=true that is a failure."""
-    if not (reason := why_not()):
+    _require("hosts for the tests of many nodes", why_not())
+
+
+def require_clocks() -> None:
+    """Skip the test where hosts can have no clocks of their own; under CI=true that is a failure."""
+    _require("hosts with clocks of their own", why_no_clocks())
+
+
+def _require(what: str, reason: str) -> None:
+    if not reason:
         return
     if os.environ.get("CI") == "true":
-        pytest.fail(f"CI=true needs hosts for the tests of many nodes, but: {reason}")
+        pytest.fail(f"CI=true needs {what}, but: {reason}")
     pytest.skip(reason)
 
 

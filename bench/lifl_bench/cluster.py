@@ -67,10 +67,14 @@ class Cluster:
         project: Path = REPOSITORY,
         arguments: Sequence[str] = (),
         coordinator_arguments: Sequence[str] = (),
+        arguments_of: Callable[[str], Sequence[str]] | None = None,
+        clock_offsets: Mapping[str, int] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """State and logs go below `directory`. `capacity` (MC) and `lease` are those of `func run` and
-        `func coordinator`, 0 for the default; `arguments` are further ones for each node."""
+        `func coordinator`, 0 for the default; `arguments` are further ones for each node, `arguments_of` those for
+        `coordinator`, or for a node, by its name. `clock_offsets` says by how many seconds their monotonic clocks
+        are ahead of this machine's."""
         self._directory = directory
         self._numbers = range(1, nodes + 1)
         self.hosts = Hosts(["coordinator", "clients", *map(_name, self._numbers)])
@@ -85,6 +89,8 @@ class Cluster:
             *(("--capacity", str(capacity)) if capacity else ()),
         ]
         self._coordinator_arguments = [*coordinator_arguments, *(("--lease", str(lease)) if lease else ())]
+        self._arguments_of = arguments_of
+        self._clock_offsets = dict(clock_offsets or {})
         self._programs: dict[str, Program] = {}
         self._slowness: dict[int, _Slowness] = {}
         self._ended_cpu: dict[str, float] = {}
@@ -93,6 +99,8 @@ class Cluster:
     def __enter__(self) -> Cluster:
         try:
             self.hosts.__enter__()
+            for name, seconds in self._clock_offsets.items():
+                self.hosts[name].set_clock(seconds)
             self._directory.mkdir(parents=True, exist_ok=True)
             # Short, for the sockets below it, whose paths may have 107 bytes.
             self._runtime_base = tempfile.mkdtemp(prefix="cluster-")
@@ -135,6 +143,15 @@ class Cluster:
     def host(self, number: int) -> Host:
         """The host of a node."""
         return self.hosts[_name(number)]
+
+    def peer_address(self, number: int) -> str:
+        """HOST:PORT where a node listens for other nodes."""
+        return f"{self.host(number).address}:{_PEER_PORT}"
+
+    @property
+    def coordinator_peer_address(self) -> str:
+        """HOST:PORT where the coordinator listens for nodes."""
+        return f"{self.hosts['coordinator'].address}:{_COORDINATOR_PEER_PORT}"
 
     def url(self, number: int) -> str:
         """Base URL of a node's gateways."""
@@ -193,7 +210,7 @@ class Cluster:
         """Start it on its old state and wait until it listens."""
         host = self.hosts["coordinator"]
         arguments = ["coordinator", "--address", f"{host.address}:{_COORDINATOR_PORT}"]
-        arguments += ["--peer-address", f"{host.address}:{_COORDINATOR_PEER_PORT}"]
+        arguments += ["--peer-address", self.coordinator_peer_address]
         arguments += ["--state-directory", str(self._directory / "coordinator")]
         self._start("coordinator", [*arguments, *self._coordinator_arguments])
 
@@ -201,7 +218,7 @@ class Cluster:
         """Start a node on its old state and wait until it listens; it joins the cluster soon after."""
         host = self.host(number)
         arguments = ["run", "--address", f"{host.address}:{_GATEWAY_PORT}", "--name", host.name]
-        arguments += ["--peer-address", f"{host.address}:{_PEER_PORT}", "--join", self.coordinator_url]
+        arguments += ["--peer-address", self.peer_address(number), "--join", self.coordinator_url]
         arguments += ["--state-directory", str(self.state_directory(number))]
         self._start(host.name, [*arguments, *self._node_arguments])
 
@@ -233,6 +250,7 @@ class Cluster:
             raise ValueError(f"{name} runs already")
         command = [sys.executable, "-m", "lifl.cli", *arguments, "-o", "json"]
         command += ["--member-token-file", str(self._token_file), "--allow-anonymous"]
+        command += self._arguments_of(name) if self._arguments_of is not None else ()
         program = Program(self.hosts[name], command, self._environment, self.log(name))
         self._programs[name] = program
         program.hear()

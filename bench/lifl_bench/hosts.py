@@ -8,6 +8,8 @@
 Nothing of it appears outside: the switch is a bridge in a namespace of its own, to which a veth pair leads from
 each host. The namespaces have no names either. File descriptors of this process keep them, so they are gone with
 it, however it ends; the processes in them get SIGTERM then, and `Hosts.sweep` kills those that could not take it.
+
+A host may also have clocks of its own: those that count from the start of a machine, by a time namespace.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection
@@ -33,6 +36,7 @@ MARK: Final = "LIFL_HOSTS"
 """Environment variable by which processes in hosts are known, with their maker's pid and start time in it."""
 
 _CLONE_NEWNET: Final = 0x40000000
+_CLONE_NEWTIME: Final = 0x00000080
 _PROGRAMS: Final = ("ip", "tc", "nsenter", "setpriv")
 _COMMAND_SECONDS: Final = 20.0
 _STOP_SECONDS: Final = 5.0
@@ -79,6 +83,16 @@ def why_not() -> str:
     return ""
 
 
+def why_no_clocks() -> str:
+    """Why hosts can have no clocks of their own here; empty if they can."""
+    try:
+        os.close(_new_clocks(0))
+    except OSError as error:
+        cause = (error.strerror or str(error)).lower()
+        return f"clocks of hosts need root and a kernel with time namespaces ({cause})"
+    return ""
+
+
 class Host:
     """One namespace with a link to the switch. Made by `Hosts`, and of no use after it is closed."""
 
@@ -91,6 +105,7 @@ class Host:
         # Not /proc/self: those who open it are other processes.
         self.namespace = f"/proc/{os.getpid()}/fd/{self._descriptor}"
         """Path of the namespace, as for `nsenter --net=PATH`."""
+        self._clocks: int | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._started: list[subprocess.Popen[bytes]] = []
@@ -104,7 +119,9 @@ class Host:
 
         The pid is the program's. It gets SIGTERM when this process dies, and is killed when the hosts are closed.
         """
-        command = ["nsenter", f"--net={self.namespace}", "setpriv", "--pdeathsig", "TERM", "--", *argv]
+        # Entered, not made by unshare(1): that would stay as the program's parent, and signals would not reach it.
+        clocks = [f"--time=/proc/{os.getpid()}/fd/{self._clocks}"] if self._clocks is not None else []
+        command = ["nsenter", f"--net={self.namespace}", *clocks, "setpriv", "--pdeathsig", "TERM", "--", *argv]
         environment = dict(os.environ if env is None else env) | {MARK: self._mark}
 
         def start() -> subprocess.Popen[bytes]:
@@ -131,6 +148,20 @@ class Host:
         if done.returncode:
             raise RuntimeError(f"{argv[0]} on {self.name}: {done.stderr.strip() or f'status {done.returncode}'}")
         return done.stdout
+
+    def set_clock(self, seconds: int) -> None:
+        """Have CLOCK_MONOTONIC and CLOCK_BOOTTIME of programs started by `popen` from now on differ by so much.
+
+        Raises HostsUnavailable where the kernel does not do it, ValueError for a clock that would be below zero.
+        """
+        if time.monotonic() + seconds < 0:
+            raise ValueError(f"{seconds} s: a clock cannot go back to before the start of the machine")
+        if reason := why_no_clocks():
+            raise HostsUnavailable(reason)
+        clocks = _new_clocks(seconds)
+        if self._clocks is not None:
+            os.close(self._clocks)
+        self._clocks = clocks
 
     # --- calls from this process ---------------------------------------------------------------------------
 
@@ -181,6 +212,8 @@ class Host:
         for process in self._started:
             process.wait(_STOP_SECONDS)  # `Hosts` has killed it
         os.close(self._descriptor)
+        if self._clocks is not None:
+            os.close(self._clocks)
 
 
 class Hosts:
@@ -316,22 +349,48 @@ def _limit(host: Host, link: str, bytes_per_second: float, delay_seconds: float)
 
 def _new_namespace() -> int:
     """File descriptor of a new network namespace; the caller's stays as it is. Raises OSError."""
+
+    def make() -> int:
+        _unshare(_CLONE_NEWNET)
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    return _in_thread(make)
+
+
+def _new_clocks(seconds: int) -> int:
+    """File descriptor of a new time namespace, whose clocks are so much ahead of the machine's. Raises OSError."""
+
+    def make() -> int:
+        _unshare(_CLONE_NEWTIME)
+        # The file is a process's, not a thread's, but /proc finds it by a thread's number, too.
+        with open(f"/proc/{threading.get_native_id()}/timens_offsets", "w") as file:
+            file.write(f"monotonic {seconds} 0\nboottime {seconds} 0\n")
+        return os.open("/proc/thread-self/ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC)
+
+    return _in_thread(make)
+
+
+def _in_thread(make: Callable[[], int]) -> int:
+    """Call a function in a thread that ends with it, whose namespaces may change. Raises OSError as it does."""
     result: list[int | OSError] = []
 
-    def make() -> None:
+    def call() -> None:
         try:
-            if _libc.unshare(_CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            result.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+            result.append(make())
         except OSError as error:
             result.append(error)
 
-    thread = threading.Thread(target=make)
+    thread = threading.Thread(target=call)
     thread.start()
     thread.join()
     if isinstance(result[0], OSError):
         raise result[0]
     return result[0]
+
+
+def _unshare(flag: int) -> None:
+    if _libc.unshare(flag):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _enter(descriptor: int) -> None:

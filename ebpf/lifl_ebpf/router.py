@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from lifl.clock import monotonic_offset
 from lifl.messages import DataPlane, EndpointTraffic
 
 from lifl_ebpf.bpf_syscall import (
@@ -69,6 +70,8 @@ class EbpfRouter:
         fds = compile_router(credit, _MAX_ENDPOINTS)
         self._fds = fds
         self._sockets, self._identities, self._destinations, self._policies, traffic, self._credits = fds
+        # bpf_ktime_get_ns knows no time namespaces, but who reads the counters may live in one.
+        self._clock_offset = monotonic_offset()
         self._members: dict[int, _Member] = {}
         self._allowed: set[tuple[int, int]] = set()
         self._free = deque(range(1, _MAX_ENDPOINTS))
@@ -198,7 +201,7 @@ class EbpfRouter:
             endpoint=endpoint,
             descriptors=descriptors,
             bytes=size,
-            last_nanoseconds=last,
+            last_nanoseconds=last + self._clock_offset if last else 0,
             interarrival_nanoseconds=mean >> 3,
             denied=denied,
             unroutable=unroutable,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from lifl.capabilities import drop_capabilities
+from lifl.clock import clock_name
 from lifl.cluster.checkpoints import CheckpointStore
 from lifl.cluster.coordinator import LEASE_SECONDS, ClusterCoordinator
 from lifl.cluster.journal import Journal
@@ -38,7 +39,6 @@ _CANNOT_START: Final = 2
 _DRAIN_SECONDS: Final = 5.0
 _JOURNAL_NAME: Final = "coordinator.db"
 _CONNECTIONS: Final = 1024
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _IDLE_SECONDS: Final = 600.0
 """A member has little to say while nothing happens, and shall not have to connect anew for it."""
 
@@ -97,9 +97,7 @@ class CoordinatorProcess:
         self.server = GatewayServer(host, port, create_coordinator_app(parts), limits=options.limits)
 
     def _coordinator(self, options: CoordinatorOptions) -> ClusterCoordinator:
-        # CLOCK_MONOTONIC goes on from one process to the next, but not from one boot of the machine to the next.
-        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-        journal = Journal(options.state_directory / _JOURNAL_NAME, boot)
+        journal = Journal(options.state_directory / _JOURNAL_NAME, clock_name())
         return ClusterCoordinator(
             journal, time.monotonic(), own_address=self._peers.address, lease_seconds=options.lease_seconds
         )

@@ -186,7 +186,7 @@ class EndpointTraffic(msgspec.Struct, frozen=True):
     descriptors: int
     bytes: int
     last_nanoseconds: int
-    """Monotonic clock of the last descriptor; 0 for never."""
+    """CLOCK_MONOTONIC of the node when the last descriptor came; 0 for never."""
     interarrival_nanoseconds: int
     """Exponentially weighted mean of the time between descriptors (weight 1/8)."""
     denied: int

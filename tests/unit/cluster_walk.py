@@ -126,6 +126,7 @@ class PaperCluster:
         self.path = directory / "coordinator.db"
         self.lease = lease
         self.now = 1000.0
+        self.clock = CLOCK
         self.coordinator = self._new_coordinator()
         self.nodes = {f"n{number}": PaperNode(f"n{number}") for number in range(nodes)}
         self.models: dict[tuple[int, int], Memory] = {}
@@ -141,7 +142,7 @@ class PaperCluster:
         self.commit()
 
     def _new_coordinator(self) -> ClusterCoordinator:
-        journal = Journal(self.path, CLOCK)
+        journal = Journal(self.path, self.clock)
         return ClusterCoordinator(journal, self.now, own_address="coordinator:9000", lease_seconds=self.lease)
 
     def commit(self) -> None:

@@ -750,6 +750,22 @@ def test_the_coordinator_says_how_nodes_join(
     assert "--allow-anonymous" not in arguments and "--token-file" not in arguments
 
 
+def test_a_coordinator_with_tls_passes_its_files_on_and_says_what_nodes_need(
+    run: Run, processes: Processes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {"--peer-certificate": "node.pem", "--peer-key": "node.key", "--peer-authority": "authority.pem"}
+    for name in files.values():
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr("lifl.cli.coordinator._keep_running", lambda process: signal.raise_signal(signal.SIGINT))
+
+    code, _, err = run("coordinator", *(word for pair in files.items() for word in pair))
+
+    assert code == 130
+    assert " --peer-certificate FILE --peer-key FILE --peer-authority authority.pem\n" in err
+    (arguments,) = processes.started("lifl_gateway.coordinator")
+    assert {option: value_of(arguments, option) for option in files} == files
+
+
 def test_a_coordinator_that_dies_is_started_again_on_its_ports(
     run: Run, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,81 @@ def test_after_a_restart_every_member_has_a_full_lease(cluster: PaperCluster) ->
     assert len(cluster.coordinator.members) == 3
 
 
+@pytest.fixture
+def quorate(tmp_path: Path) -> Iterator[PaperCluster]:
+    """A round with a deadline after 5 s, and the two updates that suffice then."""
+    made = PaperCluster(tmp_path, spec(goal=4, quorum=2, deadline=5.0), 1, 1, lease=100.0)
+    made.poll(made.nodes["n0"])
+    count(made, "n0", "w", "x")
+    yield made
+    made.close()
+
+
+def run_timers(cluster: PaperCluster, until: float) -> None:
+    """Let time pass as the timer's thread sees it: it wakes a moment after what it waits for."""
+    for _ in range(10):
+        due = cluster.coordinator.next_timer(cluster.now)
+        if due is None or due > until:
+            cluster.now = max(cluster.now, until)
+            return
+        if due > cluster.now:
+            cluster.now = due + 0.001
+        else:
+            cluster.coordinator.tick(cluster.now)
+            cluster.commit()
+    raise AssertionError("the timer never sleeps")
+
+
+def test_a_deadline_closes_a_round_without_any_request(quorate: PaperCluster) -> None:
+    run_timers(quorate, quorate.now + 4.9)
+    assert quorate.job.round.phase == "open"
+    run_timers(quorate, quorate.now + 0.2)
+    assert quorate.job.round.phase == "closing"
+
+
+def test_a_deadline_without_the_quorum_is_not_waited_for_once_it_has_passed(tmp_path: Path) -> None:
+    cluster = PaperCluster(tmp_path, spec(goal=4, quorum=2, deadline=5.0), 1, 1, lease=100.0)
+    cluster.poll(cluster.nodes["n0"])
+    count(cluster, "n0", "w")
+    run_timers(cluster, cluster.now + 6)
+    due = cluster.coordinator.next_timer(cluster.now)
+    assert cluster.job.round.phase == "open"
+    assert due is not None and due > cluster.now
+    count(cluster, "n0", "x")
+    assert cluster.job.round.phase == "closing"
+    cluster.close()
+
+
+def test_a_deadline_that_passed_while_the_coordinator_was_away_is_due_at_once(quorate: PaperCluster) -> None:
+    quorate.now += 6
+    quorate.restart()
+    assert quorate.job.round.phase == "open"
+    run_timers(quorate, quorate.now + 0.1)
+    assert quorate.job.round.phase == "closing"
+
+
+@pytest.mark.parametrize("now", [7.0, 500_000.0])
+def test_with_another_clock_a_deadline_runs_anew_once(quorate: PaperCluster, now: float) -> None:
+    quorate.clock, quorate.now = "another boot", now
+    quorate.restart()
+    quorate.commit()
+    run_timers(quorate, now + 3)
+    # It is the journal's clock from now on.
+    quorate.restart()
+    run_timers(quorate, now + 4.9)
+    assert quorate.job.round.phase == "open"
+    run_timers(quorate, now + 5.1)
+    assert quorate.job.round.phase == "closing"
+    assert quorate.job.round.first == now
+
+
+def test_a_clock_that_was_set_back_under_the_same_name_puts_no_deadline_off(quorate: PaperCluster) -> None:
+    quorate.now = 7.0
+    quorate.restart()
+    run_timers(quorate, 12.1)
+    assert quorate.job.round.phase == "closing"
+
+
 def test_a_retry_goes_to_the_node_where_the_update_was_placed(cluster: PaperCluster) -> None:
     places = [cluster.send(node, PlaceUpdate(JOB, 1, "x")) for node in cluster.nodes.values()]
     assert len({placed.node for placed in places}) == 1

@@ -115,12 +115,22 @@ def test_committed_updates_survive_a_kill(tmp_path: Path) -> None:
     assert len(found) >= max(told, default=50)
 
 
-def test_the_clock_goes_on_only_within_one_boot_of_the_machine(journal: Journal, path: Path) -> None:
+def test_the_clock_goes_on_only_while_it_has_the_same_name(journal: Journal, path: Path) -> None:
     assert not journal.clock_goes_on
-    for boot, goes_on in (("boot", True), ("another boot", False), ("another boot", True)):
-        with closing(Journal(path, boot)) as again:
+    journal.flush()
+    for clock, goes_on in (("boot", True), ("another boot", False), ("another boot", True)):
+        with closing(Journal(path, clock)) as again:
             assert again.clock_goes_on == goes_on
+            again.flush()
     assert again.starts == 4
+
+
+def test_another_clock_is_noted_only_together_with_the_moments_that_it_tells(journal: Journal, path: Path) -> None:
+    journal.flush()
+    for _ in range(2):  # the first one ends before it has committed anything
+        with closing(Journal(path, "another boot")) as again:
+            assert not again.clock_goes_on
+            assert again.has_changes
 
 
 def test_a_file_of_another_version_or_kind_is_refused(journal: Journal, path: Path, tmp_path: Path) -> None:

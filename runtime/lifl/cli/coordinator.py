@@ -70,6 +70,24 @@ _LONGEST_PAUSE = 5.0
     help="Members have to show the bearer token in this file.",
 )
 @click.option(
+    "--peer-certificate",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    envvar="FUNC_PEER_CERTIFICATE",
+    help="For TLS with nodes.",
+)
+@click.option(
+    "--peer-key",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    envvar="FUNC_PEER_KEY",
+    help="The certificate's key.",
+)
+@click.option(
+    "--peer-authority",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    envvar="FUNC_PEER_AUTHORITY",
+    help="What signs the nodes' certificates.",
+)
+@click.option(
     "--allow-anonymous",
     is_flag=True,
     envvar="FUNC_ALLOW_ANONYMOUS",
@@ -89,6 +107,9 @@ def command(
     state_directory: Path,
     token_file: Path | None,
     member_token_file: Path | None,
+    peer_certificate: Path | None,
+    peer_key: Path | None,
+    peer_authority: Path | None,
     allow_anonymous: bool,
     lease: float | None,
     output: str,
@@ -103,6 +124,7 @@ def command(
       func coordinator                                   # on this machine only
       func coordinator --address 10.0.0.1:7070 --peer-address 10.0.0.1:7071 \\
           --token-file token --member-token-file member-token
+      func coordinator --peer-certificate node.pem --peer-key node.key --peer-authority authority.pem
       func coordinator --lease 10 -o json
     """
     parse_address(address, "--address")
@@ -113,12 +135,15 @@ def command(
         "state-directory": state_directory.absolute(),
         "token-file": token_file,
         "member-token-file": member_token_file,
+        "peer-certificate": peer_certificate,
+        "peer-key": peer_key,
+        "peer-authority": peer_authority,
         "lease": lease,
     }
     process = _Process(options, ["--allow-anonymous"] if allow_anonymous else [])
     try:
         _start(process)
-        _announce(process, member_token_file, output)
+        _announce(process, output)
         _keep_running(process)
     finally:
         process.stop()
@@ -132,13 +157,16 @@ def _start(process: _Process) -> None:
         raise CommandError(str(error), [hint]) from None
 
 
-def _announce(process: _Process, member_token_file: Path | None, output: str) -> None:
+def _announce(process: _Process, output: str) -> None:
     """Say where it listens, and how nodes join."""
     host, port = parse_address(process.options["address"])
     reached_at = f"{socket.gethostname()}:{port}" if is_wildcard(host) else process.options["address"]
-    token = f" --member-token-file {member_token_file}" if member_token_file else ""
+    token, authority = process.options["member-token-file"], process.options["peer-authority"]
+    words = f" --member-token-file {token}" if token else ""
+    if authority:
+        words += f" --peer-certificate FILE --peer-key FILE --peer-authority {authority}"
     note(f"Coordinator running on {process.options['address']}")
-    note(f"Nodes join with: {program()} run --join {normalise_url(reached_at)}{token}")
+    note(f"Nodes join with: {program()} run --join {normalise_url(reached_at)}{words}")
     if output == "json":
         print_json({name.replace("-", "_"): process.options[name] for name in ("address", "peer-address")})
 

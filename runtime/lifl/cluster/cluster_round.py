@@ -502,11 +502,15 @@ class ClusterRound:
     ) -> ClusterRound:
         """Read a round from the journal. `members` gives incarnation and life of a member's row.
 
-        `now` stands in for moments of another boot of the machine, which the clock knows nothing about.
+        `now` stands in for moments of another clock, about which this one says nothing. They are written anew
+        then: after the next start they shall be known as this clock's.
         """
-        round_ = cls(
-            row.key, row.job, row.number, row.attempt, spec, row.opened if journal.clock_goes_on else now, journal
-        )
+
+        def moment(written: float) -> float:
+            # A clock that was set back with the whole machine, as a snapshot does it, has the same name.
+            return min(written, now) if journal.clock_goes_on else now
+
+        round_ = cls(row.key, row.job, row.number, row.attempt, spec, moment(row.opened), journal)
         round_.is_complete = row.status == "complete"
         round_.phase = "open" if row.status == "open" else "closing"
         round_.epoch, round_.top, round_.forgiven = row.epoch, row.top, row.forgiven
@@ -516,11 +520,13 @@ class ClusterRound:
             row.lost,
             row.rejected,
         )
-        round_.first = row.first if journal.clock_goes_on or not row.first else now
+        round_.first = moment(row.first) if row.first else 0.0
         round_.act = row.act
         round_._restore_updates(members)
         if round_.is_complete:
             round_.weight = row.weight
+        if not journal.clock_goes_on:
+            round_.touch()
         return round_
 
     def _restore_updates(self, members: Mapping[int, tuple[str, bool]]) -> None:

@@ -281,5 +281,8 @@ def _deadline(job: ClusterJob, now: float) -> float | None:
     if round_ is None or round_.is_complete or round_.phase != "open" or not round_.updates:
         return None
     deadline = round_.deadline()
-    # One that has passed closes the round with the next update; it needs no more waking.
-    return deadline if deadline is not None and deadline > now else None
+    if deadline is None:
+        return None
+    # One that has passed, perhaps while nobody watched, is due as long as the round only waits to be closed. A
+    # round that lacks updates even for the quorum is closed by the update that makes it enough.
+    return deadline if now < deadline or round_.has_enough(now) else None

@@ -165,7 +165,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, clock: str = "") -> None:
-        """`clock` names the boot of the machine whose monotonic clock is used.
+        """`clock` names the monotonic clock that is used; empty if it is none of those before.
 
         Makes the file if it is missing. Raises InvalidInput when it is of another version or no journal.
         """
@@ -203,7 +203,9 @@ class Journal:
             table: execute(f"SELECT coalesce(max(key), 0) + 1 FROM {table}").fetchone()[0]  # noqa: S608
             for table in ("members", "jobs", "rounds")
         }
-        self.commit([(_replace("meta", 2), ("starts", self.starts)), (_replace("meta", 2), ("clock", clock))])
+        self.commit([(_replace("meta", 2), ("starts", self.starts))])
+        # Not before the moments that were told by another clock: they are replaced in the first commit.
+        self._buffer.append((_replace("meta", 2), ("clock", clock)))
 
     def close(self) -> None:
         """Close the file; what is only in the buffer is gone."""

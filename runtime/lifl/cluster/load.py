@@ -21,7 +21,8 @@ _NANOSECONDS: Final = 1e9
 def arrival_rate(traffic: Iterable[EndpointTraffic], now_nanoseconds: int) -> float:
     """Descriptors a second that reach the workers of a node (k), from the router's counters.
 
-    `now_nanoseconds` is CLOCK_MONOTONIC, the router's clock. Rows of endpoints that are no workers do not count.
+    `now_nanoseconds` is CLOCK_MONOTONIC of the node, as in the counters. Rows of endpoints that are no workers do
+    not count.
     """
     return sum(_rate_of(row, now_nanoseconds) for row in traffic if endpoint_role(row.endpoint) == "worker")
 
