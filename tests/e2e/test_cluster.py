@@ -116,6 +116,17 @@ def test_worst_fit_uses_all_nodes(make_cluster: Callable[..., Cluster]):
     assert round_of(cluster, 1)["nodes"] == 3
 
 
+def test_a_node_that_gets_more_updates_than_planned_gets_more_aggregators_in_the_same_round(
+    make_cluster: Callable[..., Cluster],
+):
+    cluster = make_cluster(2)
+    clients.create_job(cluster, SIZE, goal=4, updates_per_leaf=2, placement="worst-fit", redirect=False)
+    assert clients.submit_all(cluster, [(2, client) for client in range(4)], 1, SIZE) == ["accepted"] * 4
+    clients.check_round(cluster, clients.wait_for_model(cluster, 1, 1), 1)
+    until(lambda: round_of(cluster, 1)["leaves"] == 2, what="a second leaf")
+    assert round_of(cluster, 1)["nodes"] == 1
+
+
 def test_a_client_that_sends_twice_counts_once_whichever_gateways_it_uses(make_cluster: Callable[..., Cluster]):
     cluster = make_cluster(2)
     clients.create_job(cluster, SIZE, goal=3, redirect=False)

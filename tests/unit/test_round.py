@@ -69,6 +69,18 @@ def test_updates_are_spread_over_the_leaves():
     assert sorted(places) == [0] * 4 + [1] * 4
 
 
+def test_a_round_gets_more_leaves_until_it_has_been_closed():
+    round_ = make_round(goal=4, leaves=1)
+    assert accept(round_, "a", 0) == 0
+    assert round_.raise_leaves(2)
+    assert not round_.raise_leaves(2)
+    assert accept(round_, "b", 1) == 1
+    accept(round_, "c", 2), accept(round_, "d", 3)
+    assert round_.try_close(101.0)
+    assert round_.expected_inputs(round_.top) == 3
+    assert not round_.raise_leaves(3), "the top was told already how many partial aggregates there are"
+
+
 def test_a_rejected_client_may_send_again_and_its_replacement_goes_to_the_top():
     round_ = make_round(goal=2, leaves=2)
     first, second = accept(round_, "a", 0), accept(round_, "b", 1)

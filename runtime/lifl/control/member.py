@@ -207,6 +207,8 @@ class Member:
             return  # the model is our own, and the order that says so comes next
         if job.round is None:
             self._open(job)
+        elif job.round.raise_leaves(self._leaves_of(job)):
+            self._workforce.extend_round(job)
         self._tell_prepared(job, None)
         self.finish_if_ordered(job)
 
@@ -335,8 +337,13 @@ class Member:
         member = job.member
         assert member is not None
         member.applied = ()
-        leaves = 1 if job.gather else max(1, min(member.order.leaves, job.places))
-        self._rounds.open_planned(job, member.order.round, Hierarchy(leaves))
+        self._rounds.open_planned(job, member.order.round, Hierarchy(self._leaves_of(job)))
+
+    @staticmethod
+    def _leaves_of(job: Job) -> int:
+        """Aggregators that this node has for the round by its order."""
+        assert job.member is not None
+        return 1 if job.gather else max(1, min(job.member.order.leaves, job.places))
 
     def _end_round(self, job: Job, round_: Round) -> None:
         """The coordinator has the round's model: nothing of what is here for it is needed any more."""

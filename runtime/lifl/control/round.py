@@ -208,6 +208,14 @@ class Round:
             self.first_started = started
         return update
 
+    def raise_leaves(self, leaves: int) -> bool:
+        """Plan more aggregators for what is still to come; True when there are more than before."""
+        if self.closed_once or self.status != "open" or leaves <= len(self.aggregators):
+            return False
+        self.hierarchy = Hierarchy(leaves)
+        self.aggregators += [Aggregator(index) for index in range(len(self.aggregators), leaves)]
+        return True
+
     def accept_partial(self, source: str, slot: int, generation: int) -> RemotePartial:
         """Take in the partial aggregate of another node, which the top folds."""
         partial = RemotePartial(source, slot, generation, self.top.index)

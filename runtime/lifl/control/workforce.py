@@ -184,6 +184,15 @@ class Workforce:
         if top is not None and top.endpoint:
             self._assign(job, top)
 
+    def extend_round(self, job: Job) -> None:
+        """Give work to the places that the open round has got beside those that it began with."""
+        assert job.round is not None
+        if job.round.accepted:
+            self.start_missing(job)
+        for record in job.workers.values():
+            if record.endpoint and not record.assigned:
+                self._assign(job, record)
+
     def _assign(self, job: Job, record: WorkerRecord) -> None:
         """Tell a worker its round and parent, and give it what waits for it.
 
