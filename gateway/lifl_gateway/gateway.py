@@ -82,7 +82,7 @@ class Gateway:
             limits=options.limits,
             share_port=options.seats > 1,
         )
-        self.peers = PeerExchange(self._coordinator, self._board, self.link, options.peers)
+        self.peers = PeerExchange(self._coordinator, self._board, self.link, options.peers, metrics)
         self._ended = threading.Event()
         self._subscription: Subscription | None = None
         self._threads = [

@@ -39,6 +39,18 @@ class Metrics:
             "lifl_gateway_received_bytes", "Bytes of accepted updates", registry=self._registry
         )
         self.sent_bytes = Counter("lifl_gateway_sent_bytes", "Bytes of models sent", registry=self._registry)
+        self.partial_bytes = Counter(
+            "lifl_gateway_partial_bytes",
+            "Bytes of partial aggregates that went from node to node",
+            ["direction"],  # in, out
+            registry=self._registry,
+        )
+        self.partial_attempts = Counter(
+            "lifl_gateway_partial_attempts",
+            "Attempts to send a partial aggregate to another node",
+            ["outcome"],  # sent, failed
+            registry=self._registry,
+        )
         self.ingest_seconds = Histogram(
             "lifl_gateway_ingest_seconds",
             "Head of an update in, to 202 out",

@@ -11,6 +11,7 @@ from lifl.peer.protocol import PartialOffer, PartialStatus
 from lifl.slot import PARTIAL_SEAL_OFFSET, Seal, UpdateHeader, erase_header
 
 from lifl_gateway.coordinator_client import CoordinatorClient
+from lifl_gateway.metrics import Metrics
 from lifl_gateway.node_link import NodeLink, UpdatePool
 from lifl_gateway.slots import HeldSlot
 
@@ -20,9 +21,10 @@ _COMMIT_SECONDS = 60.0
 class PartialReceiver:
     """Finds room for partial aggregates; usable from any thread."""
 
-    def __init__(self, coordinator: CoordinatorClient, link: NodeLink) -> None:
+    def __init__(self, coordinator: CoordinatorClient, link: NodeLink, metrics: Metrics) -> None:
         self.coordinator = coordinator
         self.link = link
+        self.metrics = metrics
         self.is_in_doubt = False
         """The answer to some CommitPartial never came, so a slot may be free that we believe in use."""
 
@@ -103,6 +105,7 @@ class PartialSlot:
             self.abandon()
             return "duplicate" if verdict.status == "duplicate" else "refused"
         self._send(verdict.destination)
+        self._receiver.metrics.partial_bytes.labels("in").inc(self._offer.nbytes)
         return "accepted"
 
     def abandon(self) -> None:

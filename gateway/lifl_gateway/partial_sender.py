@@ -25,6 +25,7 @@ from lifl.pool import MappedPool
 from lifl.slot import Seal, split_slot_reference
 
 from lifl_gateway.coordinator_client import CoordinatorClient
+from lifl_gateway.metrics import Metrics
 from lifl_gateway.node_link import NodeLink
 
 _FIRST_PAUSE_SECONDS: Final = 0.02
@@ -87,9 +88,15 @@ class PartialSender:
     """Sends what `take` is told of; every method may be called from any thread."""
 
     def __init__(
-        self, coordinator: CoordinatorClient, link: NodeLink, credentials: Credentials, pace: Pace
+        self,
+        coordinator: CoordinatorClient,
+        link: NodeLink,
+        credentials: Credentials,
+        pace: Pace,
+        metrics: Metrics,
     ) -> None:
         self._coordinator = coordinator
+        self._metrics = metrics
         self._link = link
         self._credentials = credentials
         self._pace = pace
@@ -151,6 +158,7 @@ class PartialSender:
         if problem is None or self._interruption.is_set:
             return True
         waiting.attempts += 1
+        self._metrics.partial_attempts.labels("failed").inc()
         if waiting.attempts == _REPORTED_ATTEMPTS:
             print(f"gateway: a partial aggregate is still not sent: {problem}", file=sys.stderr, flush=True)
         waiting.postpone(wish)
@@ -181,6 +189,8 @@ class PartialSender:
             waiting.outgoing = None  # which of both was wrong, bytes or checksum, nobody knows
         if status not in ("accepted", "duplicate"):
             return f"{uplink.peer_address} says that it is {status}"
+        self._metrics.partial_attempts.labels("sent").inc()
+        self._metrics.partial_bytes.labels("out").inc(uplink.nbytes)
         sent = PartialSent(uplink.job, uplink.round, uplink.attempt, uplink.epoch)
         self._coordinator.ask(sent, Acknowledged)
         return None

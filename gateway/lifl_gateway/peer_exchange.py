@@ -13,6 +13,7 @@ from lifl.peer.transfer import DEFAULT_PACE, Pace
 
 from lifl_gateway.coordinator_client import CoordinatorClient, JobBoard
 from lifl_gateway.lent_models import ModelLender
+from lifl_gateway.metrics import Metrics
 from lifl_gateway.node_link import NodeLink
 from lifl_gateway.partial_receiver import PartialReceiver
 from lifl_gateway.partial_sender import PartialSender
@@ -33,11 +34,16 @@ class PeerExchange:
     """Constructing it binds the port; raises OSError when that cannot be, InvalidInput if strangers could come."""
 
     def __init__(
-        self, coordinator: CoordinatorClient, board: JobBoard, link: NodeLink, options: PeerOptions
+        self,
+        coordinator: CoordinatorClient,
+        board: JobBoard,
+        link: NodeLink,
+        options: PeerOptions,
+        metrics: Metrics,
     ) -> None:
         self._lender = ModelLender(coordinator, board, link)
-        self._receiver = PartialReceiver(coordinator, link)
-        self._sender = PartialSender(coordinator, link, options.credentials, options.pace)
+        self._receiver = PartialReceiver(coordinator, link, metrics)
+        self._sender = PartialSender(coordinator, link, options.credentials, options.pace, metrics)
         self._server: PeerServer | None = None
         if options.address:
             host, port = split_address(options.address)

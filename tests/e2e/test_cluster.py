@@ -87,6 +87,22 @@ def test_a_round_over_three_nodes_makes_the_exact_mean_and_every_gateway_has_it(
         assert all(np.array_equal(model, models[0]) for model in models)
         state = round_of(cluster, number)
         assert (state["nodes"], state["accepted"]) == (3, 9)
+    sums = 3 * 2 * 8 * SIZE  # two nodes send theirs in each round
+    for direction in ("in", "out"):
+        series = f'lifl_gateway_partial_bytes_total{{direction="{direction}"}}'
+        assert sum(metric(cluster, node, series) for node in cluster.numbers) == sums
+
+
+def metric(cluster: Cluster, node: int, series: str) -> float:
+    """What a node's gateway tells Prometheus; 0 when it tells nothing of it."""
+    import urllib.request
+
+    def read() -> str:
+        with urllib.request.urlopen(cluster.url(node) + "/metrics", timeout=10) as answer:
+            return str(answer.read(), "utf-8")
+
+    lines = cluster.call(read).splitlines()
+    return sum(float(line.removeprefix(series)) for line in lines if line.startswith(series))
 
 
 def test_a_cluster_that_waits_for_updates_uses_hardly_any_cpu(make_cluster: Callable[..., Cluster]):
