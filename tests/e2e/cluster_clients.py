@@ -149,6 +149,11 @@ class Trainers:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def is_stopping(self) -> bool:
+        """The clients shall end."""
+        return self._stopping.is_set()
+
     def stop(self) -> None:
         """End all of them."""
         self._stopping.set()
@@ -171,17 +176,21 @@ class Trainers:
         urls = [self._cluster.url(node) for node in self._cluster.numbers]
         start = number % len(urls)
         with Client(urls[start:] + urls[:start], JOB, f"c{number}", timeout=10.0, retries=3) as client:
-            model = client.fetch_model()
-            while not self._stopping.is_set():
-                sums = {"w": parameters(number, model.round, self._size)}
-                try:
-                    client.submit(sums, num_samples=samples(number), round=model.round)
-                except Refused as refusal:
-                    if refusal.status != 409:
-                        raise
-                    model = client.fetch_model()
-                    continue
-                model = client.wait_for_round(after=model.round, timeout=10.0)
-                with self._lock:
-                    seen = self.models.setdefault(model.round, {}).setdefault(model.etag, set())
-                    seen.add(bytes(model.tensors["w"].tobytes()))
+            self.train(client, number)
+
+    def train(self, client: Client, number: int) -> None:
+        """What one client does; it is done again when it fails."""
+        model = client.fetch_model()
+        while not self.is_stopping:
+            sums = {"w": parameters(number, model.round, self._size)}
+            try:
+                client.submit(sums, num_samples=samples(number), round=model.round)
+            except Refused as refusal:
+                if refusal.status != 409:
+                    raise
+                model = client.fetch_model()
+                continue
+            model = client.wait_for_round(after=model.round, timeout=10.0)
+            with self._lock:
+                seen = self.models.setdefault(model.round, {}).setdefault(model.etag, set())
+                seen.add(bytes(model.tensors["w"].tobytes()))

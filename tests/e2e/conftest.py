@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lifl_bench.cluster import Cluster
 
 from tests.e2e.node_harness import LiveNode, Watch
+from tests.hosts import require_hosts
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +46,23 @@ def make_node(watch: Watch, tmp_path: Path, data_plane: str) -> Iterator[Callabl
 def node(make_node: Callable[..., LiveNode]) -> LiveNode:
     """A node of the test's own."""
     return make_node()
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Start clusters, of network namespaces as hosts, which are ended with the test. Leases are short."""
+    require_hosts()
+    started: list[Cluster] = []
+
+    def make(nodes: int, **options: Any) -> Cluster:
+        cluster = Cluster(nodes, tmp_path / "cluster", **{"lease": 1.5, **options})
+        cluster.__enter__()
+        started.append(cluster)
+        return cluster
+
+    yield make
+    for cluster in started:
+        cluster.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,65 +10,19 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from lifl_bench.cluster import Cluster
 
 from tests.e2e import cluster_clients as clients
-from tests.hosts import require_hosts
+from tests.e2e.cluster_state import accepted, restart_coordinator, round_of, spread, until
 
 pytestmark = pytest.mark.timeout(180)
 
 SIZE = 5000
 LARGE = 2_500_000  # sums of 20 MB, which take seconds over a slow link
-LEASE = 1.5
-
-
-@pytest.fixture
-def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    """Start clusters, which are ended with the test."""
-    require_hosts()
-    started: list[Cluster] = []
-
-    def make(nodes: int, **options: Any) -> Cluster:
-        options.setdefault("lease", LEASE)
-        cluster = Cluster(nodes, tmp_path / "cluster", **options)
-        cluster.__enter__()
-        started.append(cluster)
-        return cluster
-
-    yield make
-    for cluster in started:
-        cluster.close()
-
-
-def until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "condition") -> Any:
-    """Poll a condition that real processes bring about; fails after so many seconds."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{what} did not come true within {seconds} s"
-        time.sleep(0.02)
-    return value
-
-
-def round_of(cluster: Cluster, number: int) -> dict[str, Any]:
-    state: dict[str, Any] = cluster.get(f"/v1/jobs/{clients.JOB}/rounds/{number}")
-    return state
-
-
-def accepted(cluster: Cluster) -> int:
-    current = cluster.get(f"/v1/jobs/{clients.JOB}")["current"]
-    return int(current["accepted"]) if current else 0
-
-
-def spread(cluster: Cluster, count: int, first: int = 0) -> list[tuple[int, int]]:
-    """(node, client) pairs that share `count` clients evenly among the nodes."""
-    nodes = list(cluster.numbers)
-    return [(nodes[client % len(nodes)], client) for client in range(first, first + count)]
 
 
 # --- in good weather -------------------------------------------------------------------------------------------
@@ -322,11 +276,6 @@ def test_two_nodes_that_both_lose_the_coordinator_go_on_when_it_is_back(make_clu
 
 
 # --- the coordinator -------------------------------------------------------------------------------------------
-
-
-def restart_coordinator(cluster: Cluster) -> None:
-    cluster.kill_coordinator()
-    cluster.start_coordinator()
 
 
 def test_a_coordinator_killed_in_an_open_round_loses_no_update(make_cluster: Callable[..., Cluster]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from lifl.client import Client, Submission
-from lifl.errors import LiflError
 from lifl.staleness import base_of, staleness_weight
 from lifl_bench.cluster import Cluster
 from numpy.typing import NDArray
 
 from tests.e2e import cluster_clients as clients
-from tests.e2e.test_cluster import make_cluster, round_of, until
-
-__all__ = ["make_cluster"]
+from tests.e2e.cluster_state import job_state, round_of, until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -76,7 +72,7 @@ def check_history(cluster: Cluster, model: clients.Vector, rounds: int) -> list[
 
 
 def model_round(cluster: Cluster) -> int:
-    return int(cluster.get(f"/v1/jobs/{clients.JOB}")["model_round"])
+    return int(job_state(cluster)["model_round"])
 
 
 def test_updates_that_meet_a_buffer_being_closed_on_any_node_are_all_in_a_later_one(
@@ -98,50 +94,23 @@ def test_updates_that_meet_a_buffer_being_closed_on_any_node_are_all_in_a_later_
     assert again == ["duplicate"] * 3
 
 
-class Walkers:
+class Walkers(clients.Trainers):
     """Clients that train at their own pace, whatever becomes of the nodes."""
 
     def __init__(self, cluster: Cluster, count: int) -> None:
-        self._cluster = cluster
-        self._stopping = threading.Event()
-        self.errors: list[str] = []
+        super().__init__(cluster, range(count), SIZE)
         self.accepted: set[str] = set()
-        self._threads = [
-            threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(count)
-        ]
 
-    def __enter__(self) -> Walkers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join(60)
-            assert not thread.is_alive(), "a client hangs"
-
-    def _run(self, number: int) -> None:
-        self._cluster.hosts["clients"].enter()
+    def train(self, client: Client, number: int) -> None:
         chance = random.Random(number)
-        urls = [self._cluster.url(node) for node in self._cluster.numbers]
-        urls = urls[number % len(urls) :] + urls[: number % len(urls)]
-        with Client(urls, clients.JOB, f"c{number}", timeout=10.0, retries=4) as client:
-            while not self._stopping.is_set():
-                try:
-                    self._train(client, number, chance)
-                except (LiflError, TimeoutError) as error:
-                    self.errors.append(f"c{number}: {error}")
-                    time.sleep(0.05)
-
-    def _train(self, client: Client, number: int, chance: random.Random) -> None:
-        model = client.fetch_model()
-        time.sleep(chance.uniform(0, 0.02) * (1 + 9 * (number % 4 == 0)))  # some are slow
-        update = {"w": difference(number, model.round)}
-        sent = client.submit(update, num_samples=clients.samples(number), round=model.round, delta=True)
-        if sent.status == "accepted":
-            self.accepted.add(f"c{number}@{model.round}")
-        client.wait_for_round(after=model.round, timeout=10)
+        while not self.is_stopping:
+            model = client.fetch_model()
+            time.sleep(chance.uniform(0, 0.02) * (1 + 9 * (number % 4 == 0)))  # some are slow
+            update = {"w": difference(number, model.round)}
+            sent = client.submit(update, num_samples=clients.samples(number), round=model.round, delta=True)
+            if sent.status == "accepted":
+                self.accepted.add(f"c{number}@{model.round}")
+            client.wait_for_round(after=model.round, timeout=10)
 
 
 def test_nodes_and_coordinator_that_are_killed_cost_no_model_of_an_asynchronous_job(

@@ -8,10 +8,8 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +23,8 @@ from lifl_bench.processes import REPOSITORY
 from lifl_ebpf.preflight import ebpf_reason
 
 from tests.e2e import cluster_clients as clients
-from tests.hosts import require_clocks, require_hosts
+from tests.e2e.cluster_state import accepted, job_state, spread, until
+from tests.hosts import require_clocks
 from tests.integration.peer_harness import Authority
 
 pytestmark = pytest.mark.timeout(120)
@@ -34,48 +33,6 @@ SIZE = 5000
 LEASE = 1.5
 DAY = 86_400
 OFFSETS = {"h2": 100_000, "h3": 5_000_000}
-
-
-@pytest.fixture
-def make_cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    """Start clusters, which are ended with the test."""
-    require_hosts()
-    started: list[Cluster] = []
-
-    def make(nodes: int, **options: Any) -> Cluster:
-        cluster = Cluster(nodes, tmp_path / "cluster", lease=LEASE, **options)
-        cluster.__enter__()
-        started.append(cluster)
-        return cluster
-
-    yield make
-    for cluster in started:
-        cluster.close()
-
-
-def until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "condition") -> Any:
-    """Poll a condition that real processes bring about; fails after so many seconds."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{what} did not come true within {seconds} s"
-        time.sleep(0.02)
-    return value
-
-
-def job_state(cluster: Cluster) -> dict[str, Any]:
-    state: dict[str, Any] = cluster.get(f"/v1/jobs/{clients.JOB}")
-    return state
-
-
-def accepted(cluster: Cluster) -> int:
-    current = job_state(cluster)["current"]
-    return int(current["accepted"]) if current else 0
-
-
-def spread(cluster: Cluster, count: int) -> list[tuple[int, int]]:
-    """(node, client) pairs that share `count` clients evenly among the nodes."""
-    nodes = list(cluster.numbers)
-    return [(nodes[client % len(nodes)], client) for client in range(count)]
 
 
 def do_round(cluster: Cluster, number: int, count: int) -> None:
