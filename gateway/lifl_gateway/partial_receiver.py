@@ -5,9 +5,10 @@ The slot's header page keeps an update header, for the generation, and gets the 
 
 from __future__ import annotations
 
-from lifl.errors import Busy, Refused, Unavailable
+from lifl.errors import Refused, Unavailable
 from lifl.messages import CommitPartial, OfferPartial, PartialVerdict
 from lifl.peer.protocol import PartialOffer, PartialStatus
+from lifl.peer.receptions import Full
 from lifl.slot import PARTIAL_SEAL_OFFSET, Seal, UpdateHeader, erase_header
 
 from lifl_gateway.coordinator_client import CoordinatorClient
@@ -61,7 +62,7 @@ class PartialReceiver:
             self.is_in_doubt = False
         slot = pool.slots.take()
         if slot is None:
-            raise Busy("Full", "all slots are in use", retry_after=0.1)
+            raise Full("Full", "all slots are in use", retry_after=0.1)
         page = pool.memory.header(slot.index)
         erase_header(page, PARTIAL_SEAL_OFFSET)
         # As for updates, the generation is in memory before the use.

@@ -23,6 +23,10 @@ _GRACE_SECONDS: Final = 0.1
 _TAKE_OVER_SECONDS: Final = 5.0
 
 
+class Full(Busy):
+    """There is no memory for a partial aggregate just now."""
+
+
 class Sink(Protocol):
     """Where the bytes of one partial aggregate go. Either `commit` or `abandon` is called, once, as the last."""
 
@@ -93,7 +97,7 @@ class Receptions:
         """Go on with the reception of this offer, or begin one in what `make` returns.
 
         None when `make` returns none: the partial aggregate is here already. Raises Busy when there are too many,
-        and what `make` raises.
+        and what `make` raises. When that is `Full`, what has waited for its sender for the longest gives way.
         """
         key = Key.of(offer)
         self._drop_others(key)
@@ -104,7 +108,12 @@ class Receptions:
                 return found
             if self._is_closed or len(self._by_key) >= self._most:
                 raise Busy("Busy", "too many partial aggregates at once")
-        sink = make()
+        try:
+            sink = make()
+        except Full:
+            if not self._drop_oldest():
+                raise
+            sink = make()
         if sink is None:
             return None
         return self._add(Reception(key, sink), connection)
@@ -183,6 +192,17 @@ class Receptions:
                 del self._by_key[each.key]
         for each in stale:
             each.sink.abandon()
+
+    def _drop_oldest(self) -> bool:
+        """Abandon what has waited for a connection for the longest; False when nothing waits."""
+        with self._changed:
+            waiting = [each for each in self._by_key.values() if each.connection is None]
+            if not waiting:
+                return False
+            oldest = min(waiting, key=lambda each: each.expires)
+            del self._by_key[oldest.key]
+        oldest.sink.abandon()
+        return True
 
     # --- expiry ----------------------------------------------------------------------------------------------
 
