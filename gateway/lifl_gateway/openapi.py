@@ -226,8 +226,8 @@ def _take_part() -> dict[str, Any]:
 def _list_updates() -> dict[str, Any]:
     operation = _operation(
         "listUpdates",
-        "How long each update of a round took; kept of the open round and the last few complete ones. In a cluster: "
-        "those of this node; the coordinator lists all, with their nodes",
+        "How long each update of a round took; kept of the open round and the last few complete ones. "
+        "In a cluster: those of this node; the coordinator lists all, with their nodes",
         200,
         _ref("RoundUpdates"),
         (400, 401, 404),
