@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +16,15 @@ from hypothesis import strategies as st
 from lifl import cli
 from lifl.cli.common import CommandError
 from lifl.cluster import hierarchy
+from lifl.cluster.member_link import BATCH
 from lifl.cluster.placement import POLICIES, PlacementIndex, Policy
 from lifl.control.hierarchy import Hierarchy
 from lifl_bench.simulation.arrivals import TRACES, Trace, parse_trace
+from lifl_bench.simulation.control import Coordinator, Outbox
 from lifl_bench.simulation.costs import Costs, read_costs, write_costs
 from lifl_bench.simulation.events import EventLoop
-from lifl_bench.simulation.host import Host, Lane, Link
+from lifl_bench.simulation.host import Host, Lane, Link, Turns
+from lifl_bench.simulation.machine import Machines
 from lifl_bench.simulation.outcome import PolicyOutcome
 from lifl_bench.simulation.prediction import predict
 from lifl_bench.simulation.report import arrivals_over_time, workers_over_time
@@ -40,7 +45,11 @@ FREE = Costs(
     fold_s_per_gb=READ_S / 0.04,
     start_s=0,
     hop_s=0,
+    request_s=0,
     message_s=0,
+    node_request_s=0,
+    redirect_s=0,
+    client_s=0,
     latency_s=0,
     checkpoint_s_per_gb=0,
 )
@@ -87,8 +96,9 @@ def test_every_round_has_exactly_its_goal_and_each_update_counts_once(
         assert sum(each.started for each in outcome.rounds) >= outcome.peak_workers
 
 
-def test_the_same_seed_gives_the_same_outcome_and_another_one_another():
-    scenario = Scenario(updates=40, trace=MOBILE, policy="worst-fit")
+@pytest.mark.parametrize("shared_cores", [0, 2])
+def test_the_same_seed_gives_the_same_outcome_and_another_one_another(shared_cores: int):
+    scenario = Scenario(updates=40, trace=MOBILE, policy="worst-fit", shared_cores=shared_cores)
     first, second = (without_real_time(simulate(scenario, Costs())) for _ in range(2))
     assert first == second
     other = simulate(replace(scenario, seed=2), Costs())
@@ -117,10 +127,118 @@ def test_on_one_node_uploads_share_the_link_and_one_pass_folds_them():
 
 def test_on_one_node_without_a_slow_link_uploads_share_the_cores():
     scenario = replace(FEW, updates=6, link_gbit=0.0, cores=(2,))
-    costs = replace(FREE, upload_s=0.01)
+    costs = replace(FREE, receive_s_per_gb=0.01 / 0.04)
     # The fourth update starts a pass; the last one reads two updates and the sums so far.
     expected = 6 * 0.01 / 2 + 4 * READ_S + 3 * READ_S
     assert simulate(scenario, costs).rounds[1].act_s == pytest.approx(expected)
+
+
+def test_what_a_gateway_does_besides_receiving_is_done_by_one_process():
+    scenario = replace(FEW, link_gbit=0.0, cores=(8,))
+    costs = replace(FREE, upload_s=0.01)
+    # The first of three waits for EAGER_LINGER or for others; the last one comes after all turns.
+    act_s = simulate(scenario, costs).rounds[1].act_s
+    assert 3 * 0.01 + 2 * READ_S <= act_s + 1e-5 <= 3 * 0.01 + 4 * READ_S
+
+
+# --- questions to the coordinator ----------------------------------------------------------------------------
+
+REQUEST = replace(FREE, request_s=0.010, message_s=0.001, node_request_s=0.002, latency_s=0.003)
+ALONE_S = 0.010 + 0.001 + 0.002 + 0.003
+
+
+@pytest.fixture(params=["cores of its own", "shared cores"])
+def outbox(request: pytest.FixtureRequest) -> Iterator[tuple[EventLoop, Coordinator, Outbox]]:
+    loop = EventLoop()
+    shared = 8 if request.param == "shared cores" else 0
+    scenario = replace(FEW, shared_cores=shared)
+    own, node = itertools.islice(Machines(scenario, REQUEST, loop), 2)
+    coordinator = Coordinator(scenario.spec(), REQUEST, loop, own if shared else None)
+    yield loop, coordinator, Outbox(coordinator, node)
+    coordinator.close()
+
+
+def test_messages_that_come_while_a_request_is_on_its_way_cost_one_more_request(
+    outbox: tuple[EventLoop, Coordinator, Outbox],
+):
+    loop, coordinator, box = outbox
+    answered: list[tuple[str, float]] = []
+
+    def answer(name: str) -> None:
+        answered.append((name, loop.now))
+        if len(answered) == 6:
+            loop.stop()
+
+    for name in "abcdef":
+        box.send(answer, name)
+    loop.run()
+    assert [name for name, _ in answered] == list("abcdef")
+    assert answered[0][1] == pytest.approx(ALONE_S)
+    assert [time for _, time in answered[1:]] == pytest.approx([2 * ALONE_S + 4 * 0.001] * 5)
+    assert coordinator.requests == 2
+    assert coordinator.cpu_s == pytest.approx(2 * 0.010 + 6 * 0.001)
+
+
+def test_a_request_has_no_more_messages_than_a_node_sends_at_a_time(
+    outbox: tuple[EventLoop, Coordinator, Outbox],
+):
+    loop, coordinator, box = outbox
+    for number in range(2 + BATCH):
+        box.send(lambda last: loop.stop() if last else None, number == 1 + BATCH)
+    loop.run()
+    assert coordinator.requests == 3
+
+
+def test_requests_of_several_nodes_are_dealt_with_one_after_another(
+    outbox: tuple[EventLoop, Coordinator, Outbox],
+):
+    loop, coordinator, box = outbox
+    other = Outbox(coordinator, box.machine)
+    times: list[float] = []
+
+    def answer(_: object) -> None:
+        times.append(loop.now)
+        if len(times) == 2:
+            loop.stop()
+
+    box.send(answer)
+    other.send(answer)
+    loop.run()
+    assert times == [pytest.approx(ALONE_S), pytest.approx(ALONE_S + 0.011)]
+
+
+def test_a_client_that_is_sent_on_costs_time_once_and_stays_where_it_was_sent(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(PlacementIndex, "choose", lambda *_: "node2")
+    scenario = replace(FEW, updates=2, clients=2, nodes=2, rounds=3, policy="round-robin", link_gbit=0.0)
+    first, second, third = simulate(scenario, replace(FREE, redirect_s=0.5)).rounds
+    assert 0.5 <= first.act_s < 0.6
+    assert max(second.act_s, third.act_s) < 0.1
+
+
+def test_clients_count_where_they_share_the_cores():
+    scenario = replace(FEW, link_gbit=0.0)
+    costs = replace(FREE, client_s=0.01)
+    alone = simulate(scenario, costs).rounds[1]
+    shared = simulate(replace(scenario, shared_cores=1), costs).rounds[1]
+    assert (alone.cpu_s["clients"], shared.cpu_s["clients"]) == (0.0, pytest.approx(0.03))
+    assert shared.act_s >= alone.act_s + 0.02 - 1e-3
+
+
+def test_turns_are_taken_in_order_and_so_many_at_a_time():
+    loop = EventLoop()
+    host = Host(loop, 8)
+    turns = Turns(host, Lane(1.0, 1.0), 2)
+    ends: list[tuple[str, float]] = []
+
+    def finish(name: str) -> None:
+        ends.append((name, loop.now))
+        if len(ends) == 3:
+            loop.stop()
+
+    for name in "abc":
+        turns.start(1.0, finish, name)
+    loop.run()
+    assert ends == [("a", pytest.approx(1.0)), ("b", pytest.approx(1.0)), ("c", pytest.approx(2.0))]
 
 
 def test_a_second_node_costs_one_transfer_of_its_partial_aggregate():
@@ -139,9 +257,12 @@ def test_clients_with_a_slow_link_take_their_time():
 
 
 def test_with_its_defaults_it_comes_close_to_what_was_measured_on_one_node():
-    """docs/performance.md: 20 x ResNet-18 on two cores that the clients share, 149 ms and 0.28 s of CPU."""
+    """docs/performance.md: 20 x ResNet-18 on two cores that the clients share, 149 ms and 0.28 s of CPU.
+
+    A node by itself has no coordinator to ask.
+    """
     scenario = Scenario(updates=20, nodes=1, cores=(2,), shared_cores=2, link_gbit=0.0)
-    prediction = predict(scenario, Costs())
+    prediction = predict(scenario, replace(Costs(), request_s=0, message_s=0, node_request_s=0, latency_s=0))
     assert prediction.act_s == pytest.approx(0.149, rel=0.15)
     assert prediction.cpu_s + prediction.clients_cpu_s == pytest.approx(0.28, rel=0.15)
     assert (prediction.nodes, prediction.aggregators, prediction.internode_bytes) == (1, 2, 0)
@@ -294,6 +415,15 @@ def test_costs_keep_their_values_and_sources_in_a_file(tmp_path: Path):
     assert read == costs
     assert read.source("fold_s_per_gb") == "here and now"
     assert "performance.md" in read.source("start_s")
+
+
+def test_a_file_from_before_there_were_requests_keeps_the_defaults_for_them(tmp_path: Path):
+    (tmp_path / "costs.json").write_text(
+        '{"format": "lifl-simulation-costs/1", "costs": {"message_s": {"value": 7e-6, "source": "then"}}}'
+    )
+    read = read_costs(tmp_path / "costs.json")
+    assert read == replace(Costs(), message_s=7e-6)
+    assert "--calibrate" in read.source("request_s")
 
 
 @pytest.mark.parametrize(

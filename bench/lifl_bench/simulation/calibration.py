@@ -8,32 +8,24 @@ import multiprocessing
 import os
 import socket
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import asdict
+from typing import Final
 
-import msgspec
 import numpy as np
-from lifl.cluster.coordinator import ClusterCoordinator
-from lifl.cluster.journal import Journal
-from lifl.cluster.messages import CountUpdate, FunctionFacts, MemberMessage, MemberMessages, PlaceUpdate, Register
 from lifl.congestion import avoid_bbr
 from lifl.fold_kernel import weighted_sum
-from lifl.messages import JobSpec
 from lifl.peer.checksum import PIECE_BYTES, Checksum
 
+from lifl_bench.simulation.coordinator_calibration import measure_questions
 from lifl_bench.simulation.costs import Costs
 
 _BYTES: Final = 64 << 20
 """Of a transfer, and of a vector to fold: larger than the caches."""
 _REPEATS: Final = 7
 _FOLDED: Final = 4
-_MESSAGES: Final = 20_000
-_BATCH: Final = 64
-"""Messages in a request and in a transaction."""
 _SOURCE: Final = "measured on this machine"
 
 Note = Callable[[str], None]
@@ -54,9 +46,9 @@ def calibrate(costs: Costs, note: Note = lambda _: None) -> Costs:
     send, receive, _ = measure_transfer(with_sendfile=True)
     source = f"{_SOURCE}: sendfile, recv_into, checksum, loopback"
     costs = costs.measured(source, peer_send_s_per_gb=send, peer_receive_s_per_gb=receive)
-    note("messages to the coordinator")
-    source = f"{_SOURCE}: coordinator with its journal, without HTTP"
-    return costs.measured(source, message_s=measure_message())
+    note("questions to the coordinator")
+    source = f"{_SOURCE}: lifl_gateway.coordinator over loopback, caches cold"
+    return costs.measured(source, **asdict(measure_questions(costs.send_s_per_gb)))
 
 
 # --- folding -------------------------------------------------------------------------------------------------
@@ -164,45 +156,3 @@ def _memory() -> Iterator[tuple[int, memoryview]]:
                 yield file, view
     finally:
         os.close(file)
-
-
-# --- the coordinator -----------------------------------------------------------------------------------------
-
-
-def measure_message() -> float:
-    """CPU seconds of one message: decoded, acted on, answered, and committed with others to a journal on disk."""
-    with tempfile.TemporaryDirectory(prefix="lifl-simulate-") as directory:
-        journal = Journal(Path(directory, "journal"))
-        try:
-            return _exchange(ClusterCoordinator(journal, 0.0, lease_seconds=1e12), journal)
-        finally:
-            journal.close()
-
-
-def _exchange(coordinator: ClusterCoordinator, journal: Journal) -> float:
-    for name in ("a", "b", "c"):
-        coordinator.register(Register(name, name, name, name, 8, 0, "ebpf", (), 20.0), 0.0)
-    coordinator.create_job(JobSpec("measured", "fedavg", _MESSAGES))
-    nonce = coordinator.require_no_model("measured").nonce
-    coordinator.answer("a", MemberMessages("a", (FunctionFacts("fedavg", False, 0),)), 0.0, 0.0)
-    coordinator.model_installed("measured", nonce, 0.0)
-    journal.flush()
-    requests = [
-        msgspec.json.encode(MemberMessages("a", tuple(_messages(nonce, first))))
-        for first in range(0, _MESSAGES // 2, 32)
-    ]
-    before = time.process_time()
-    for request in requests:
-        decoded: Any = msgspec.json.decode(request, type=MemberMessages)
-        msgspec.json.encode(coordinator.answer("a", decoded, 0.0, 0.0))
-        journal.flush()
-    spent = time.process_time() - before
-    counted = coordinator.requests.describe_round("measured", 1).accepted
-    assert counted == len(requests) * _BATCH // 2, f"{counted} updates were counted"
-    return spent / (len(requests) * _BATCH)
-
-
-def _messages(nonce: int, first: int) -> Iterator[MemberMessage]:
-    for client in range(first, first + _BATCH // 2):
-        yield PlaceUpdate("measured", 1, str(client))
-        yield CountUpdate("measured", nonce, 1, 0, str(client), 1.0)

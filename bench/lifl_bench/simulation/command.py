@@ -254,12 +254,17 @@ def _costs(costs_file: Path | None, calibrate: Path | None) -> Costs:
 
     costs = Costs() if costs_file is None else read_costs(costs_file)
     if calibrate is not None:
+        from lifl.errors import LiflError
         from rich.console import Console
 
         from lifl_bench.simulation.calibration import calibrate as measure
 
-        with Console(stderr=True).status("Measuring") as status:
-            costs = measure(costs, lambda what: status.update(f"Measuring: {what}"))
+        try:
+            with Console(stderr=True).status("Measuring") as status:
+                costs = measure(costs, lambda what: status.update(f"Measuring: {what}"))
+        except (RuntimeError, TimeoutError, LiflError) as error:
+            hint = ("func simulate", "uses the costs of docs/performance.md")
+            raise CommandError(f"the costs cannot be measured: {error}", [hint]) from None
         write_costs(costs, calibrate)
         note(f"Costs: {calibrate}")
     return costs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from lifl.cluster.coordinator import CheckpointTask, ClusterCoordinator
 from lifl.cluster.journal import Journal
+from lifl.cluster.member_link import BATCH
 from lifl.cluster.messages import (
     Counted,
     CountUpdate,
@@ -26,7 +28,9 @@ from lifl.cluster.messages import (
 from lifl.messages import Acknowledged, DescribeRound, JobSpec, Message, RoundState
 
 from lifl_bench.simulation.costs import Costs
-from lifl_bench.simulation.events import EventLoop
+from lifl_bench.simulation.events import Action, EventLoop
+from lifl_bench.simulation.host import Turns
+from lifl_bench.simulation.machine import Machine
 
 ADDRESS: Final = "coordinator"
 """Where models can be had that no node has."""
@@ -37,15 +41,23 @@ _Answer = TypeVar("_Answer", bound=Message)
 
 
 class Coordinator:
-    """Asks `ClusterCoordinator`, and keeps account of the time that it takes: one message after another."""
+    """Asks `ClusterCoordinator`, and keeps account of the time that it takes: one request after another.
 
-    def __init__(self, spec: JobSpec, costs: Costs, loop: EventLoop) -> None:
+    With `machine` it works on the cores of that one, as far as others leave them to it; so do the nodes for what a
+    request costs them. Without, it has a core of its own, and a request is one event only: clusters of thousands
+    of nodes make millions.
+    """
+
+    def __init__(self, spec: JobSpec, costs: Costs, loop: EventLoop, machine: Machine | None) -> None:
         self.cpu_s = 0.0
+        self.requests = 0
+        """HTTP requests of nodes so far."""
         self._spec = spec
         self._costs = costs
         self._loop = loop
+        self._turns = Turns(machine.host, machine.compute, 1) if machine is not None else None
         self._free = 0.0
-        """When it has dealt with all messages so far."""
+        """When it has dealt with all requests so far, if it has a core of its own."""
         self._asked = 0
         self._journal = Journal(Path(":memory:"))
         self._real = ClusterCoordinator(self._journal, 0.0, own_address=ADDRESS, lease_seconds=_ENDLESS_LEASE_S)
@@ -54,12 +66,40 @@ class Coordinator:
         """Let go of the journal."""
         self._journal.close()
 
-    def work(self, messages: int = 1) -> float:
-        """Take the time for messages, after those that came before; when it is over."""
-        seconds = messages * self._costs.message_s
+    # --- requests ------------------------------------------------------------------------------------------
+
+    def request(self, machine: Machine, messages: int, action: Action, argument: Any = None) -> None:
+        """A node's HTTP request with so many messages; `action` is what it has the coordinator do, and the answer.
+
+        The way of the answer is counted to that of the request, which saves an event.
+        """
+        costs = self._costs
+        seconds = costs.request_s + messages * costs.message_s
+        self.requests += 1
         self.cpu_s += seconds
-        self._free = max(self._free, self._loop.now) + seconds
-        return self._free
+        if self._turns is None:
+            arrival = self._loop.now + costs.node_request_s + costs.latency_s
+            self._free = max(self._free, arrival) + seconds
+            self._loop.at(self._free, action, argument)
+        else:
+            machine.host.start(machine.compute, costs.node_request_s, self._leave, (seconds, action, argument))
+
+    def _leave(self, request: tuple[float, Action, Any]) -> None:
+        self._loop.at(self._loop.now + self._costs.latency_s, self._arrive, request)
+
+    def _arrive(self, request: tuple[float, Action, Any]) -> None:
+        assert self._turns is not None
+        self._turns.start(*request)
+
+    def answer_polls(self, polls: int) -> None:
+        """Answer nodes that wait for orders and do nothing upon these."""
+        seconds = polls * self._costs.request_s
+        self.requests += polls
+        self.cpu_s += seconds
+        if self._turns is None:
+            self._free = max(self._free, self._loop.now) + seconds
+        elif polls:
+            self._turns.start(seconds, _do_nothing)
 
     # --- what nodes say ------------------------------------------------------------------------------------
 
@@ -139,3 +179,40 @@ class Coordinator:
     def take_news(self) -> set[str] | None:
         """Nodes that there are new orders for since the last call; None for all."""
         return self._real.news.take()
+
+
+def _do_nothing(_: object) -> None:
+    """Nothing follows."""
+
+
+class Outbox:
+    """A node's messages to the coordinator, as `lifl.cluster.member_link` sends them.
+
+    One request is on its way at a time, and what is to be said meanwhile goes with the next one.
+    """
+
+    def __init__(self, coordinator: Coordinator, machine: Machine) -> None:
+        self.machine = machine
+        self._coordinator = coordinator
+        self._waiting: deque[tuple[Action, Any]] = deque()
+        self._is_sending = False
+
+    def send(self, action: Action, argument: Any = None) -> None:
+        """A message after all earlier ones; `action` is what it has the coordinator do, and the answer."""
+        self._waiting.append((action, argument))
+        if not self._is_sending:
+            self._is_sending = True
+            self._send_batch()
+
+    def _send_batch(self) -> None:
+        waiting = self._waiting
+        batch = [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
+        self._coordinator.request(self.machine, len(batch), self._answered, batch)
+
+    def _answered(self, batch: list[tuple[Action, Any]]) -> None:
+        if self._waiting:
+            self._send_batch()
+        else:
+            self._is_sending = False
+        for action, argument in batch:
+            action(argument)

@@ -19,6 +19,11 @@ FORMAT: Final = "lifl-simulation-costs/1"
 _LARGEST: Final = 1e6
 
 
+_CALIBRATED: Final = (
+    "func simulate --calibrate on 2 cores of an AMD EPYC: lifl_gateway.coordinator over loopback, caches cold"
+)
+
+
 def _cost(default: float, unit: str, source: str) -> Any:
     return field(default=default, metadata={"unit": unit, "source": source})
 
@@ -32,8 +37,10 @@ class Costs:
     )
     """The gateway receives an update into its slot."""
     upload_s: float = _cost(0.0012, "CPU s", "docs/performance.md: Flask, two questions, one descriptor")
-    """The gateway's work for each upload, whatever its size."""
-    send_s_per_gb: float = _cost(0.126, "CPU s/GB", "docs/performance.md, A round: clients 90 ms for 16 x 44.7 MB")
+    """The gateway's work for each upload, whatever its size; one after another, for it is one Python process."""
+    send_s_per_gb: float = _cost(
+        0.12, "CPU s/GB", "docs/performance.md, A round: clients 90 ms for 16 x 44.7 MB, less 0.27 ms for each"
+    )
     """A client sends an update; counts only where clients share the nodes' cores."""
     flow_gb_per_s: float = _cost(4.7, "GB/s", "docs/performance.md: 233 MB in 50 ms, one sendall, one recv_into")
     """One connection with nothing else running."""
@@ -51,10 +58,16 @@ class Costs:
     """A zygote forks a worker and it joins."""
     hop_s: float = _cost(0.00006, "s", "docs/performance.md, The descriptor: round trip 57.6 us on two cores")
     """A descriptor reaches a worker that sleeps."""
-    message_s: float = _cost(
-        0.00005, "CPU s", "assumed; --calibrate measures coordinator and journal alone, 7 us, without HTTP"
-    )
-    """The coordinator deals with one message of a node, in batches, journal included."""
+    request_s: float = _cost(0.0005, "CPU s", _CALIBRATED)
+    """The coordinator answers one HTTP request of a node: Flask, a commit, a long poll."""
+    message_s: float = _cost(0.000012, "CPU s", _CALIBRATED)
+    """The coordinator deals with one of the messages in a request."""
+    node_request_s: float = _cost(0.00022, "CPU s", _CALIBRATED)
+    """A node asks the coordinator and hears the answer, over HTTP."""
+    redirect_s: float = _cost(0.00078, "CPU s", _CALIBRATED)
+    """A gateway sends a client that has just connected on to another node, where it asks again (`client_s`)."""
+    client_s: float = _cost(0.00027, "CPU s", _CALIBRATED)
+    """A client connects and sends a request, but for its bytes; counts only where it shares the nodes' cores."""
     latency_s: float = _cost(0.0002, "s", "assumed: there and back on a local network")
     """A question to the coordinator and its answer, apart from the work."""
     checkpoint_s_per_gb: float = _cost(

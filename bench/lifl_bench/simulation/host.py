@@ -8,6 +8,7 @@ it can use (max-min fairness). Within a lane what was begun with less work ends 
 from __future__ import annotations
 
 import math
+from collections import deque
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -142,3 +143,34 @@ class Host:
         """Whether the lane's first has ended, or ends before the clock can tell the time from now."""
         left = lane.queue[0][0] - lane.served
         return left <= _DONE or self._last + left / lane.rate <= self._last
+
+
+class Turns:
+    """Pieces of work shorter than a time slice, or of one process: so many at a time, and the others wait.
+
+    If they all shared the cores, things that begin together would end together, and be told in one request.
+    """
+
+    def __init__(self, host: Host, lane: Lane, most: int) -> None:
+        """`lane` is one whose unit is a CPU second."""
+        self._host = host
+        self._lane = lane
+        self._free = most
+        self._waiting: deque[tuple[float, Action, Any]] = deque()
+
+    def start(self, seconds: float, action: Action, argument: Any = None) -> None:
+        """Do something when its turn comes; `action(argument)` is called when it is done."""
+        if self._free:
+            self._free -= 1
+            self._host.start(self._lane, seconds, self._ended, (action, argument))
+        else:
+            self._waiting.append((seconds, action, argument))
+
+    def _ended(self, done: tuple[Action, Any]) -> None:
+        if self._waiting:
+            seconds, action, argument = self._waiting.popleft()
+            self._host.start(self._lane, seconds, self._ended, (action, argument))
+        else:
+            self._free += 1
+        action, argument = done
+        action(argument)

@@ -9,7 +9,7 @@ from itertools import count, repeat
 
 from lifl_bench.simulation.costs import Costs
 from lifl_bench.simulation.events import EventLoop
-from lifl_bench.simulation.host import Host, Lane, Link
+from lifl_bench.simulation.host import Host, Lane, Link, Turns
 from lifl_bench.simulation.scenario import Scenario
 
 
@@ -26,13 +26,15 @@ class Machine:
     """Models to other nodes."""
     compute: Lane
     """Passes of workers, and starting these; one core each at most."""
+    gateway: Turns
+    """The gateway's own work: it is one Python process."""
 
 
 @dataclass(frozen=True)
 class Work:
     """CPU seconds of what a node does, for one model size."""
 
-    upload: float
+    receive: float
     """Receive an update."""
     client: float
     """Send one."""
@@ -47,7 +49,7 @@ class Work:
         """With these costs."""
         gigabytes = scenario.model_bytes / 1e9
         return cls(
-            upload=costs.upload_s + costs.receive_s_per_gb * gigabytes,
+            receive=costs.receive_s_per_gb * gigabytes,
             client=costs.send_s_per_gb * gigabytes,
             peer_send=costs.peer_send_s_per_gb * gigabytes,
             peer_receive=costs.peer_receive_s_per_gb * gigabytes,
@@ -80,12 +82,14 @@ class Machines:
         work, scenario = self._work, self._scenario
         client = scenario.client_mbit * 125e3 / scenario.model_bytes or math.inf
         incoming, outgoing = (Link(rate) if (rate := self._link_rate()) else None for _ in range(2))
+        host, compute = self._shared or Host(self._loop, cores), Lane(1.0, 1.0)
         return Machine(
-            self._shared or Host(self._loop, cores),
-            self._lane(work.upload, work.client, min(client, self._flow), incoming),
+            host,
+            self._lane(work.receive, work.client, min(client, self._flow), incoming),
             self._lane(work.peer_receive, work.peer_send, self._flow, incoming),
             self._lane(work.peer_send, work.peer_receive, self._flow, outgoing),
-            Lane(1.0, 1.0),
+            compute,
+            Turns(host, compute, 1),
         )
 
     def _link_rate(self) -> float:

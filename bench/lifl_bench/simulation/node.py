@@ -16,6 +16,7 @@ from lifl.control.round import AcceptedUpdate, Round
 from lifl.messages import EndpointTraffic, endpoint_id
 from lifl.worker import EAGER_BATCH, EAGER_LINGER, FOLD_BATCH
 
+from lifl_bench.simulation.control import Outbox
 from lifl_bench.simulation.costs import Costs
 from lifl_bench.simulation.events import Action, EventLoop
 from lifl_bench.simulation.machine import Machine, Work
@@ -81,10 +82,18 @@ class Node:
     """One node; what it has to say it tells by calling `on_partial` and `on_model` with itself."""
 
     def __init__(
-        self, name: str, machine: Machine, loop: EventLoop, costs: Costs, work: Work, tally: Tally
+        self,
+        name: str,
+        machine: Machine,
+        outbox: Outbox,
+        loop: EventLoop,
+        costs: Costs,
+        work: Work,
+        tally: Tally,
     ) -> None:
         self.name = name
         self.machine = machine
+        self.outbox = outbox
         self.on_partial: Callable[[Node], None]
         self.on_model: Callable[[Node], None]
         self.order: JobOrder | None = None
@@ -123,6 +132,13 @@ class Node:
     def is_in_use(self) -> bool:
         """Whether it has the job's memory."""
         return bool(self.held_round or self.fetching)
+
+    def is_finishing(self, order: JobOrder) -> bool:
+        """Whether it knows that it is the top of the round that another node's order is about."""
+        own = self.order
+        if own is None or own.role != "top" or own.phase != "closing":
+            return False
+        return (own.attempt, own.round, own.epoch) == (order.attempt, order.round, order.epoch)
 
     @property
     def workers(self) -> int:

@@ -11,13 +11,14 @@ from typing import Final
 
 import numpy as np
 from lifl.cluster.coordinator import CheckpointTask
-from lifl.cluster.messages import NodeLoad
+from lifl.cluster.messages import JobOrder, NodeLoad
 from lifl.messages import RoundState
 from lifl.peer.server import DEFAULT_LIMITS
 
-from lifl_bench.simulation.control import ADDRESS, Coordinator
+from lifl_bench.simulation.control import ADDRESS, Coordinator, Outbox
 from lifl_bench.simulation.costs import Costs
-from lifl_bench.simulation.events import EventLoop
+from lifl_bench.simulation.events import Action, EventLoop
+from lifl_bench.simulation.host import Turns
 from lifl_bench.simulation.machine import Machine, Machines, Work
 from lifl_bench.simulation.node import Node, Tally
 from lifl_bench.simulation.outcome import PolicyOutcome, RoundOutcome
@@ -31,6 +32,8 @@ _QUIET: Final = 0.01
 """A load (k E) that is not worth simulating."""
 _RETRY_S: Final = 1.0
 """After which a node asks again for a model, when everyone who has it was busy."""
+_UPLINK_RETRY_S: Final = 0.02
+"""After which a node offers its partial aggregate again to a top that does not know yet that it is the top."""
 
 _Upload = tuple[int, Node, int]
 """Client, node and round."""
@@ -76,13 +79,18 @@ class Simulation:
         """What is known of the open round, or of the one whose model is being distributed."""
         self._spent = {"gateway": 0.0, "clients": 0.0, "checkpoint": 0.0}
         self._placed: Counter[str] = Counter()
-        self._coordinator = Coordinator(scenario.spec(), costs, self._loop)
         machines = iter(Machines(scenario, costs, self._loop))
         self._own_machine = next(machines)
+        shared = self._own_machine if scenario.shared_cores else None
+        self._coordinator = Coordinator(scenario.spec(), costs, self._loop, shared)
+        self._turns = Turns(self._own_machine.host, self._own_machine.compute, max(1, scenario.shared_cores))
+        """Those of clients, where they share the nodes' cores."""
         self._nodes: dict[str, Node] = {}
         for number, machine in zip(range(scenario.nodes), machines, strict=False):
             self._add_node(f"node{number + 1}", number, machine)
         self._names = list(self._nodes)
+        self._homes: dict[int, Node] = {}
+        """Where clients were sent, and stay."""
         self._in_use: dict[Node, None] = {}
         """Nodes that have the job's memory."""
         self._outdated: set[Node] = set()
@@ -98,7 +106,8 @@ class Simulation:
 
     def _add_node(self, name: str, number: int, machine: Machine) -> None:
         self._coordinator.join(name, self._scenario.cores_of(number), self._scenario.capacity_of(number))
-        node = Node(name, machine, self._loop, self._costs, self._work, self._tally)
+        outbox = Outbox(self._coordinator, machine)
+        node = Node(name, machine, outbox, self._loop, self._costs, self._work, self._tally)
         node.on_partial, node.on_model = self._send_partial, self._model_made
         self._nodes[name] = node
 
@@ -144,19 +153,40 @@ class Simulation:
                 return
             client = self._clients[self._next]
             self._next += 1
-            self._ask_for_place(client, number)
+            home = self._homes.get(client) or self._nodes[self._names[client % len(self._names)]]
+            self._connect(home, self._ask_for_place, (client, home, number))
         if self._next < len(self._times):
             self._loop.at(self._times[self._next], self._clients_come, number)
 
-    def _ask_for_place(self, client: int, number: int) -> None:
-        asking = self._names[client % len(self._names)]
-        placed = self._coordinator.place(asking, number, str(client))
-        # Who was sent on to another node is asked about there once more.
-        answered = self._coordinator.work(1 if placed.node in ("", asking) else 2)
-        if placed.status == "open":
-            node = self._nodes[placed.node]
-            node.uploads += 1
-            self._loop.at(answered + self._costs.latency_s, self._upload, (client, node, number))
+    def _connect(self, node: Node, action: Action, upload: _Upload) -> None:
+        """A client comes to a node, which then has something to ask the coordinator."""
+        if self._scenario.shared_cores:
+            self._spent["clients"] += self._costs.client_s
+            self._turns.start(self._costs.client_s, self._ask, (node, action, upload))
+        else:
+            node.outbox.send(action, upload)
+
+    def _ask(self, question: tuple[Node, Action, _Upload]) -> None:
+        node, action, upload = question
+        node.outbox.send(action, upload)
+
+    def _ask_for_place(self, upload: _Upload) -> None:
+        client, asking, number = upload
+        placed = self._coordinator.place(asking.name, number, str(client))
+        if placed.status != "open":
+            return
+        node = self._nodes[placed.node]
+        node.uploads += 1
+        if node is asking:
+            self._upload(upload)
+            return
+        self._homes[client] = node
+        self._spent["gateway"] += self._costs.redirect_s
+        asking.machine.gateway.start(self._costs.redirect_s, self._redirected, (client, node, number))
+
+    def _redirected(self, upload: _Upload) -> None:
+        # That node asks the coordinator once more, whose answer is known: the update has its place.
+        self._connect(upload[1], self._upload, upload)
 
     def _upload(self, upload: _Upload) -> None:
         """A body comes, once the node has the model that it is an update of."""
@@ -178,12 +208,16 @@ class Simulation:
         node.wake()
         self._watch(node)
         node.last_activity = self._loop.now
-        self._spent["gateway"] += self._work.upload
+        self._spent["gateway"] += self._costs.upload_s + self._work.receive
         self._spent["clients"] += self._work.client
-        node.machine.host.start(node.machine.upload, 1.0, self._uploaded, upload)
+        node.machine.gateway.start(self._costs.upload_s, self._receive, upload)
+
+    def _receive(self, upload: _Upload) -> None:
+        machine = upload[1].machine
+        machine.host.start(machine.upload, 1.0, self._uploaded, upload)
 
     def _uploaded(self, upload: _Upload) -> None:
-        self._loop.at(self._coordinator.work() + self._costs.latency_s, self._count, upload)
+        upload[1].outbox.send(self._count, upload)
 
     def _count(self, upload: _Upload) -> None:
         client, node, number = upload
@@ -214,9 +248,9 @@ class Simulation:
         for node in nodes:
             if not node.has_news:
                 node.has_news = True
-                self._loop.at(self._coordinator.work() + self._costs.latency_s / 2, self._hear, node)
+                self._coordinator.request(node.machine, 0, self._hear, node)
         if woken is None:
-            self._coordinator.work(len(self._nodes) - len(nodes))
+            self._coordinator.answer_polls(len(self._nodes) - len(nodes))
 
     def _read_orders(self, node: Node) -> None:
         """Hear what is new, and ask for what comes next, with the load as it is now."""
@@ -268,6 +302,9 @@ class Simulation:
     def _send_partial(self, node: Node) -> None:
         assert node.order is not None
         top = self._nodes[node.order.top]
+        if not top.is_finishing(node.order):
+            self._loop.at(self._loop.now + _UPLINK_RETRY_S, self._send_partial, node)
+            return
         self._spent["gateway"] += self._work.peer_send + self._work.peer_receive
         self._round.partial_bytes += self._scenario.model_bytes
         top.machine.host.start(top.machine.receive, 1.0, self._partial_arrived, (node, top))
@@ -275,15 +312,19 @@ class Simulation:
     def _partial_arrived(self, transfer: tuple[Node, Node]) -> None:
         node, top = transfer
         assert node.round is not None
+        top.outbox.send(self._deliver, transfer)
+        top.take_partial(node.name)
+
+    def _deliver(self, transfer: tuple[Node, Node]) -> None:
+        node, top = transfer
+        assert node.round is not None
         assert top.order is not None
-        self._coordinator.work()
         self._coordinator.partial_delivered(
             top.name, top.order, node.name, node.round.folded, self._scenario.model_bytes
         )
-        top.take_partial(node.name)
 
     def _model_made(self, top: Node) -> None:
-        self._loop.at(self._coordinator.work() + self._costs.latency_s, self._complete, top)
+        top.outbox.send(self._complete, top)
 
     def _complete(self, top: Node) -> None:
         """The coordinator takes the model for the round's; nodes hear of it, and it goes to those in use."""
@@ -352,17 +393,20 @@ class Simulation:
         order = node.order
         assert order is not None
         node.held_round, node.fetching = node.fetching, 0
-        self._coordinator.work()
         if node.held_round != order.model_round:
             self._fetch_if_needed(node)
             return
-        self._coordinator.model_held(node.name, order)
-        self._spread_news()
+        node.outbox.send(self._note_held, (node, order))
         self._outdated.discard(node)
         waiting, node.waiting = node.waiting, []
         for client in waiting:
             self._upload((client, node, order.round))
         self._go_on_if_distributed()
+
+    def _note_held(self, held: tuple[Node, JobOrder]) -> None:
+        node, order = held
+        self._coordinator.model_held(node.name, order)
+        self._spread_news()
 
     def _go_on_if_distributed(self) -> None:
         """When every node in use has the new model, the round is over, and clients train on it."""
@@ -371,7 +415,11 @@ class Simulation:
         self._is_open = True
         outcome = self._round
         outcome.round_s = self._loop.now - outcome.opened_s
-        spent = self._spent | {"worker": self._tally.worker_s, "coordinator": self._coordinator.cpu_s}
+        spent = self._spent | {
+            "worker": self._tally.worker_s,
+            "coordinator": self._coordinator.cpu_s,
+            "node": self._coordinator.requests * self._costs.node_request_s,
+        }
         if not self._scenario.shared_cores:
             spent["clients"] = 0.0
         before = {name: sum(each.cpu_s[name] for each in self._outcome.rounds) for name in spent}
