@@ -36,21 +36,21 @@ from lifl_gateway import metrics as metrics_module
 from lifl_gateway.coordinator_client import CoordinatorClient, JobBoard
 from lifl_gateway.event import MAX_ROUND, PAYLOAD_TYPES
 from lifl_gateway.ingest import Ingest
-from lifl_gateway.job_spec import decode_job_spec
+from lifl_gateway.job_spec import decode_job_spec, hide_of_spec
 from lifl_gateway.metrics import Metrics
 from lifl_gateway.model_responses import LONGEST_WAIT_SECONDS, ModelResponses
 from lifl_gateway.model_upload import ModelUpload
 from lifl_gateway.node_link import NodeLink
 from lifl_gateway.openapi import document
 from lifl_gateway.participation import answer_selection, decode_participant
-from lifl_gateway.problems import register_error_answers
+from lifl_gateway.problems import Elsewhere, register_error_answers
 from lifl_gateway.request_body import RequestBody
 from lifl_gateway.tokens import Identity, Tokens
 
 _JSON: Final = "application/json"
 _MOST_JSON_BYTES: Final = 64 * 1024
 # What of a job's state is the node's own business.
-_INTERNAL: Final = ("type", "updates_pool", "aggregates_pool", "nonce")
+_INTERNAL: Final = ("type", "updates_pool", "aggregates_pool", "nonce", "elsewhere")
 
 View = TypeVar("View", bound=Callable[..., Response])
 
@@ -104,6 +104,7 @@ class _Views:
             ("/v1/jobs/<job>/model", "GET", self.get_model),
             ("/v1/jobs/<job>/model", "PUT", self.put_model),
             ("/v1/jobs/<job>/updates", "POST", self.post_update),
+            ("/v1/jobs/<job>/shards", "GET", self.list_shards),
             ("/v1/jobs/<job>/rounds/<number>", "GET", self.describe_round),
             ("/v1/jobs/<job>/rounds/<number>/updates", "GET", self.list_updates),
             ("/v1/jobs/<job>/rounds/<number>/participants", "POST", self.take_part),
@@ -121,9 +122,17 @@ class _Views:
         """Take in a model update."""
         identity = self._identify()
         _require_length()
-        outcome = self._parts.ingest.take_in(self._running(job), request.environ, identity)
+        state = self._running(job)
+        _require_whole(state)
+        outcome = self._parts.ingest.take_in(state, request.environ, identity)
         status = 202 if outcome.status == "accepted" else 200
         return _json({"status": outcome.status, "round": outcome.round}, status)
+
+    def list_shards(self, job: str) -> Response:
+        """Send the client on to who knows the shards of a job."""
+        self._identify()
+        _require_whole(self._ask_state(job))
+        raise Refused(404, "Not sharded", f"job {job!r} has no shards")
 
     def take_part(self, job: str, number: str) -> Response:
         """Select a client for a round."""
@@ -143,6 +152,7 @@ class _Views:
         after = _integer("after", 0)
         wait = _seconds("wait")
         state = self._state(job)
+        _require_whole(state)
         matches = request.headers.get("If-None-Match", "")
         if round_number is not None:
             return self._parts.models.of_round(state, round_number, matches)
@@ -189,6 +199,8 @@ class _Views:
         """List the updates of a round."""
         self._identify()
         _check_parameters("offset")
+        known = self._parts.board.get(job)
+        _require_whole(known if known is not None else self._ask_state(job))
         question = DescribeUpdates(job, _round_number(number), _integer("offset", 0) or 0)
         return _json(_shown(self._parts.coordinator.ask(question, RoundUpdates)))
 
@@ -256,11 +268,18 @@ class _Views:
         return state
 
 
+def _require_whole(state: JobState) -> None:
+    """Raise Elsewhere for a job whose model is cut into shards: the cluster's coordinator puts them together."""
+    if state.elsewhere:
+        raise Elsewhere(state.elsewhere)
+
+
 def _shown(state: JobState | RoundState | RoundUpdates) -> dict[str, Any]:
     shown: dict[str, Any] = msgspec.to_builtins(state)
     for part in filter(None, (shown, shown.get("current"), shown.get("last"))):
         for name in _INTERNAL:
             part.pop(name, None)
+    hide_of_spec(shown)
     return shown
 
 

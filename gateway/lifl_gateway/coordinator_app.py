@@ -7,6 +7,7 @@ with the gateway of the node where they belong (307).
 from __future__ import annotations
 
 import hmac
+import math
 import os
 import time
 from collections.abc import Callable
@@ -19,18 +20,25 @@ import msgspec
 from flask import Flask, Response, request
 from lifl.cluster.coordinator import ClusterCoordinator
 from lifl.cluster.messages import Leave, MemberMessages, OrdersRequest, Register
-from lifl.cluster.service import ClusterService
+from lifl.cluster.service import ClusterService, StoredModel
 from lifl.errors import Busy, Refused
 from lifl.messages import Acknowledged, InstallModel, JobState, RoundState
 
 from lifl_gateway.coordinator_client import CoordinatorClient
 from lifl_gateway.coordinator_metrics import CONTENT_TYPE, CoordinatorMetrics
 from lifl_gateway.event import MAX_ROUND, PAYLOAD_TYPES, event_from_headers
-from lifl_gateway.job_spec import decode_job_spec
-from lifl_gateway.model_responses import SAFETENSORS, FileBody, etag, newest_known
+from lifl_gateway.job_spec import decode_job_spec, hide_of_spec
+from lifl_gateway.model_responses import (
+    LONGEST_WAIT_SECONDS,
+    SAFETENSORS,
+    FileBody,
+    ShardsBody,
+    etag,
+    newest_known,
+)
 from lifl_gateway.model_upload import ModelUpload
 from lifl_gateway.participation import answer_selection, decode_participant, not_selected
-from lifl_gateway.problems import Late, Unauthorized, register_error_answers
+from lifl_gateway.problems import Late, Sharded, Unauthorized, register_error_answers
 from lifl_gateway.request_body import RequestBody
 from lifl_gateway.tokens import ANYONE, Identity, Tokens
 from lifl_gateway.transfer import Pace
@@ -41,7 +49,7 @@ _MOST_MESSAGE_BYTES: Final = 16 << 20
 _PAGE_UPDATES: Final = 10_000
 _METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
 # What of a job's state is the cluster's own business.
-_INTERNAL: Final = ("type", "updates_pool", "aggregates_pool", "nonce")
+_INTERNAL: Final = ("type", "updates_pool", "aggregates_pool", "nonce", "elsewhere")
 
 _T = TypeVar("_T")
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -141,6 +149,7 @@ class _PublicViews:
             ("/v1/jobs/<job>/model", "GET", self.get_model),
             ("/v1/jobs/<job>/model", "PUT", self.put_model),
             ("/v1/jobs/<job>/updates", "POST", self.post_update),
+            ("/v1/jobs/<job>/shards", "GET", self.list_shards),
             ("/v1/jobs/<job>/rounds/<number>", "GET", self.describe_round),
             ("/v1/jobs/<job>/rounds/<number>/participants", "POST", self.take_part),
             ("/v1/jobs/<job>/rounds/<number>/updates", "GET", self.list_updates),
@@ -219,6 +228,8 @@ class _PublicViews:
     def post_update(self, job: str) -> Response:
         """Send the client on to the node that its update is placed on."""
         identity = self._identify()
+        if self._call(lambda c, now: job in c.jobs.sharded.by_name):
+            raise Sharded(job, self._service.shards_of(job))
         event = event_from_headers(request.environ)
         identity.require_client(event.client)
         placed = self._call(lambda c, now: c.place_update(job, event.round, event.client, now))
@@ -232,22 +243,44 @@ class _PublicViews:
             raise Late("Early", f"round {event.round} is not open yet; round {placed.round} is", placed.round)
         raise Late("Late", f"round {event.round} is closed; round {placed.round} comes next", placed.round)
 
-    def get_model(self, job: str) -> Response:
-        """Send a stored model, or the client on to a node that has it."""
+    def list_shards(self, job: str) -> Response:
+        """Tell which part of which tensor goes to which shard."""
         self._identify()
-        wanted = _integer("round", 1)
-        state, number, path, address = self._service.stored_model(job, wanted)
-        if newest_known(request.headers.get("If-None-Match", ""), state.nonce) == number:
-            return _described(Response(status=304), state, number)
-        if path is None:
-            return _see_other(f"{address}/v1/jobs/{quote(job, safe='')}/model?round={number}")
-        try:
-            body = FileBody(os.open(path, os.O_RDONLY | os.O_CLOEXEC), self._pace, self._metrics.sent_bytes.inc)
-        except FileNotFoundError:
-            raise Refused(404, "No such model", f"round {number} is not kept any more") from None
+        return _json({"job": job, "shards": self._service.shards_of(job)})
+
+    def get_model(self, job: str) -> Response:
+        """Send a stored model, or the client on to a node that has it; with `wait` when there is another one."""
+        self._identify()
+        wanted, after, wait = _integer("round", 1), _integer("after", 0) or 0, _seconds("wait")
+        matches = request.headers.get("If-None-Match", "")
+        life = 0
+        if wanted is None:
+            life = self._service.wait_for_model(job, lambda nonce: max(after, newest_known(matches, nonce)), wait)
+        model = self._service.stored_model(job, wanted)
+        is_old = life == model.state.nonce and model.round <= after
+        if is_old or newest_known(matches, model.state.nonce) == model.round:
+            return _described(Response(status=304), model.state, model.round)
+        if not model.paths:
+            return _see_other(model.address + request.full_path.rstrip("?"))
+        body = self._body(model)
         response = Response(body, 200, content_type=SAFETENSORS, direct_passthrough=True)
         response.headers["Content-Length"] = str(body.nbytes)
-        return _described(response, state, number)
+        return _described(response, model.state, model.round)
+
+    def _body(self, model: StoredModel) -> FileBody | ShardsBody:
+        files: list[int] = []
+        try:
+            for path in model.paths:
+                files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            if model.header:
+                return ShardsBody(model.header, files, self._pace, self._metrics.sent_bytes.inc)
+            return FileBody(files[0], self._pace, self._metrics.sent_bytes.inc)
+        except OSError as error:
+            for file in files:
+                os.close(file)
+            if not isinstance(error, FileNotFoundError):
+                raise
+            raise Refused(404, "No such model", f"round {model.round} is not kept any more") from None
 
     def put_model(self, job: str) -> Response:
         """Take in the initial model."""
@@ -355,6 +388,7 @@ def _shown(state: JobState | RoundState) -> dict[str, Any]:
     for part in filter(None, (shown, shown.get("current"), shown.get("last"))):
         for name in _INTERNAL:
             part.pop(name, None)
+    hide_of_spec(shown)
     return shown
 
 
@@ -405,3 +439,15 @@ def _integer(name: str, least: int) -> int | None:
     if not (value.isascii() and value.isdigit() and len(value) <= 10 and least <= int(value) <= MAX_ROUND):
         raise Refused(400, "Bad Request", f"{name} must be an integer from {least} to {MAX_ROUND}")
     return int(value)
+
+
+def _seconds(name: str) -> float:
+    """A duration query parameter; 0 when it is not there."""
+    value = request.args.get(name, "0")
+    try:
+        seconds = float(value) if "_" not in value else math.nan
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
+        raise Refused(400, "Bad Request", f"{name} must be from 0 to {LONGEST_WAIT_SECONDS:g} seconds")
+    return seconds

@@ -35,6 +35,8 @@ class UpdateEvent(NamedTuple):
     """The update's weight: finite, positive."""
     is_delta: bool
     """`kind`: the payload is the difference to the round's model."""
+    update: str = ""
+    """`update`: for a part of an update of a sharded job, what all parts of this update have in common."""
 
 
 class StructuredEvent(msgspec.Struct):
@@ -49,6 +51,7 @@ class StructuredEvent(msgspec.Struct):
     data_base64: bytes
     """The safetensors bytes, decoded."""
     kind: str = "weights"
+    update: str = ""
     datacontenttype: str = "application/octet-stream"
 
 
@@ -72,7 +75,7 @@ def event_from_json(body: bytes | bytearray | memoryview) -> tuple[UpdateEvent, 
     return _checked({name: str(value) for name, value in attributes.items()}), event.data_base64
 
 
-_ATTRIBUTES: Final = ("specversion", "type", "id", "source", "round", "numsamples", "kind")
+_ATTRIBUTES: Final = ("specversion", "type", "id", "source", "round", "numsamples", "kind", "update")
 
 
 def _header(environ: Mapping[str, object], name: str) -> str:
@@ -101,6 +104,7 @@ def _checked(attributes: Mapping[str, str]) -> UpdateEvent:
         round=_round(attributes["round"]),
         num_samples=_samples(attributes["numsamples"]),
         is_delta=attributes["kind"] == "delta",
+        update=_text("update", attributes["update"], _MAX_ID_BYTES) if attributes["update"] else "",
     )
 
 

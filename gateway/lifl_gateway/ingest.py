@@ -41,6 +41,8 @@ LENGTH_BYTES: Final = 8
 
 _SMALLEST_BODY: Final = LENGTH_BYTES + 2
 _COMMIT_SECONDS: Final = 60.0
+# Of a shard: its update waits for the parts in the others.
+_PART_SECONDS: Final = 600.0
 # Of an asynchronous job: the answer may have to wait until a buffer is closed.
 _ADMIT_SECONDS: Final = 60.0
 _EVENT_ROOM: Final = 64 * 1024
@@ -251,8 +253,10 @@ class Ingest:
             num_samples=event.num_samples,
             started=started,
             gateway=gateway,
+            update=event.update,
         )
-        return self._coordinator.ask(question, Verdict, _COMMIT_SECONDS)
+        seconds = _PART_SECONDS if place.state.spec.shard_of else _COMMIT_SECONDS
+        return self._coordinator.ask(question, Verdict, seconds)
 
     def _send(self, slot: HeldSlot, pool: UpdatePool, verdict: Verdict) -> None:
         if pool.slots.mark_sent(slot) and verdict.destination:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 from lifl.errors import Refused
 from lifl.messages import JobSpec
+from lifl.shards import MOST_SHARDS
 
 JOB_NAME: Final = r"^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$"
 LIMITS: Final[dict[str, dict[str, Any]]] = {
@@ -28,8 +29,12 @@ LIMITS: Final[dict[str, dict[str, Any]]] = {
     "max_staleness": {"minimum": 0, "maximum": 10_000},
     "staleness_exponent": {"minimum": 0, "maximum": 10},
     "over_selection": {"minimum": 0, "maximum": 10},
+    "shards": {"minimum": 1, "maximum": MOST_SHARDS},
 }
 """JSON Schema keywords by field, beyond what the types say."""
+
+HIDDEN: Final = ("shard_of", "whole")
+"""Fields that only the coordinator of a cluster sets."""
 
 _INTEGERS: Final = frozenset(name for name, kind in JobSpec.__annotations__.items() if kind == "int")
 
@@ -41,6 +46,9 @@ def decode_job_spec(data: bytes) -> JobSpec:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(400, "Bad Request", f"the body is not JSON: {error}") from None
     if isinstance(value, dict):
+        for name in HIDDEN:
+            if name in value:
+                raise Refused(422, "Invalid job", f"{name}: set by the platform; create a job with shards")
         value = {name: _as_integer(name, item) for name, item in value.items()}
     try:
         spec = msgspec.convert(value, JobSpec)
@@ -68,3 +76,11 @@ def _said(limits: dict[str, Any]) -> str:
     if "pattern" in limits:
         return "lower-case letters, digits and '-', '.', at most 63, beginning and ending with a letter or digit"
     return f"from {limits['minimum']:,} to {limits['maximum']:,}"
+
+
+def hide_of_spec(shown: dict[str, Any]) -> None:
+    """Take out of a job's state, as it is shown, what its specification has for the platform alone."""
+    spec = shown.get("spec", {})
+    for name in HIDDEN:
+        if not spec.get(name) or name == "whole":
+            spec.pop(name, None)

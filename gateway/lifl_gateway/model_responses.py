@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from flask import Response
@@ -18,6 +18,7 @@ from lifl.messages import JobState
 from lifl.slot import split_slot_reference
 
 from lifl_gateway.coordinator_client import CoordinatorClient, JobBoard, Loan
+from lifl_gateway.ingest import LENGTH_BYTES
 from lifl_gateway.metrics import Metrics
 from lifl_gateway.node_link import NodeLink, header_room
 from lifl_gateway.transfer import Pace, send_all, send_file
@@ -66,6 +67,45 @@ class FileBody:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+class ShardsBody:
+    """A model in the files of its shards, one behind the other; takes over the file descriptors."""
+
+    def __init__(self, header: bytes, files: Sequence[int], pace: Pace, count: Callable[[int], None]) -> None:
+        """`header` is that of the whole model."""
+        self._head = len(header).to_bytes(LENGTH_BYTES, "little") + header
+        self._files = list(files)
+        self._pace = pace
+        self._count = count
+        self._parts = [_data_section(file) for file in self._files]
+        self.nbytes = len(self._head) + sum(nbytes for _, nbytes in self._parts)
+
+    def send_to(self, sock: socket.socket) -> None:
+        """Send the files without copying them."""
+        send_all(sock, self._head, self._pace)
+        for file, (offset, nbytes) in zip(self._files, self._parts, strict=True):
+            send_file(sock, file, nbytes, self._pace, offset=offset)
+        self._count(self.nbytes)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """For a WSGI server that knows nothing of `send_to`."""
+        yield self._head
+        for file, (offset, nbytes) in zip(self._files, self._parts, strict=True):
+            for position in range(offset, offset + nbytes, _CHUNK_BYTES):
+                yield os.pread(file, min(_CHUNK_BYTES, offset + nbytes - position), position)
+
+    def close(self) -> None:
+        """Close the files."""
+        files, self._files = self._files, []
+        for file in files:
+            os.close(file)
+
+
+def _data_section(file: int) -> tuple[int, int]:
+    """Where the data section of a safetensors file begins, and how long it is."""
+    start = LENGTH_BYTES + int.from_bytes(os.pread(file, LENGTH_BYTES, 0), "little")
+    return start, os.fstat(file).st_size - start
 
 
 class SlotBody:

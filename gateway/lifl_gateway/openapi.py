@@ -8,7 +8,7 @@ import msgspec
 from lifl.messages import JobSpec, JobState, NodeState, RoundState, RoundUpdates
 
 from lifl_gateway.event import EVENT_TYPE, MAX_ROUND, MAX_SAMPLES, STRUCTURED_TYPE
-from lifl_gateway.job_spec import JOB_NAME, LIMITS
+from lifl_gateway.job_spec import HIDDEN, JOB_NAME, LIMITS
 from lifl_gateway.participation import Participant
 
 _PROBLEM_TITLES: Final = {
@@ -25,7 +25,34 @@ _PROBLEM_TITLES: Final = {
     503: "Full, or a part of the node is away; Retry-After says when to ask again",
     507: "No room for the job on disk or in memory",
 }
-_HIDDEN: Final = ("type", "updates_pool", "aggregates_pool", "nonce")
+_SHARDS: Final[dict[str, Any]] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["job", "tensors"],
+        "properties": {
+            "job": {"type": "string", "description": "The job that takes this part."},
+            "tensors": {
+                "type": "object",
+                "description": "By name, in order. Where this is not all of one, it is sent as a flat tensor.",
+                "additionalProperties": {
+                    "type": "object",
+                    "required": ["first", "count", "shape"],
+                    "properties": {
+                        "first": {"type": "integer", "description": "Item of the whole tensor."},
+                        "count": {"type": "integer", "description": "Items from there on."},
+                        "shape": {
+                            "type": "array",
+                            "items": {"type": "integer"},
+                            "description": "Of the whole tensor.",
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+_HIDDEN: Final = ("type", "updates_pool", "aggregates_pool", "nonce", "elsewhere", *HIDDEN)
 
 
 def document() -> dict[str, Any]:
@@ -68,12 +95,21 @@ def _schemas() -> dict[str, Any]:
             "status": {"type": "integer"},
             "detail": {"type": "string"},
             "round": {"type": "integer", "description": "The open round, where an update was late or early."},
+            "shards": {
+                **_SHARDS,
+                "description": "With the title 'Sharded job': each takes its part of the update, at once.",
+            },
         },
     }
     schemas["Outcome"] = {
         "type": "object",
         "required": ["status", "round"],
         "properties": {"status": {"enum": ["accepted", "duplicate"]}, "round": {"type": "integer"}},
+    }
+    schemas["Shards"] = {
+        "type": "object",
+        "required": ["job", "shards"],
+        "properties": {"job": {"type": "string"}, "shards": _SHARDS},
     }
     schemas["Participation"] = {
         "type": "object",
@@ -116,6 +152,18 @@ def _paths() -> dict[str, Any]:
             ),
         },
         "/v1/jobs/{job}/updates": {"parameters": [job], "post": _post_update()},
+        "/v1/jobs/{job}/shards": {
+            "parameters": [job],
+            "get": _moved(
+                _operation(
+                    "listShards",
+                    "Which part of the model each shard of a job has; its job takes that part of every update",
+                    200,
+                    _ref("Shards"),
+                    (401, 404, 409),
+                )
+            ),
+        },
         "/v1/jobs/{job}/rounds/{number}": {
             "parameters": [job, number],
             "get": _operation("describeRound", "Describe a round", 200, _ref("RoundState"), (401, 404)),
@@ -174,6 +222,15 @@ def _get_model() -> dict[str, Any]:
         "content": {"application/vnd.safetensors": {}},
     }
     operation["responses"]["304"] = {"description": "There is no newer model", "headers": _ROUND_HEADER}
+    return _moved(operation)
+
+
+def _moved(operation: dict[str, Any]) -> dict[str, Any]:
+    """The operation may be for another node of the cluster, or for its coordinator."""
+    operation["responses"]["307"] = {
+        "description": "In a cluster: the same request is to be sent to this address",
+        "headers": {"Location": {"required": True, "schema": {"type": "string"}}},
+    }
     return operation
 
 
@@ -204,8 +261,13 @@ def _post_update() -> dict[str, Any]:
             {"enum": ["weights", "delta"]},
             "New weights, or their difference to the model; an asynchronous job takes differences only",
         ),
+        _header(
+            "ce-update",
+            {"type": "string", "maxLength": 256, "pattern": r"^[a-zA-Z0-9._/:-]*$"},
+            "For a part of an update of a sharded job: the same in all parts, another one in another update",
+        ),
     ]
-    return operation
+    return _moved(operation)
 
 
 def _take_part() -> dict[str, Any]:
@@ -239,7 +301,7 @@ def _list_updates() -> dict[str, Any]:
             "Updates to leave out at the start: `next` of the answer before, where a round has many",
         )
     ]
-    return operation
+    return _moved(operation)
 
 
 def _metrics() -> dict[str, Any]:
@@ -314,6 +376,7 @@ _STRUCTURED_EVENT: Final[dict[str, Any]] = {
         "round": {"type": ["integer", "string"]},
         "numsamples": {"type": ["number", "string"]},
         "kind": {"enum": ["weights", "delta"]},
+        "update": {"type": "string", "maxLength": 256},
         "datacontenttype": {"type": "string"},
         "data_base64": {"type": "string", "contentEncoding": "base64"},
     },

@@ -34,11 +34,20 @@ def untimely(status: Literal["late", "early"], round_number: int, open_round: in
 
 
 class Elsewhere(Refused):
-    """Another node of the cluster takes the update; `address` is the base URL of its gateways."""
+    """Another node of the cluster, or its coordinator, answers this; `address` is its base URL."""
 
     def __init__(self, address: str) -> None:
-        super().__init__(307, "Temporary Redirect", f"send this round's update to {address}")
+        super().__init__(307, "Temporary Redirect", f"send this to {address}")
         self.address = address
+
+
+class Sharded(Refused):
+    """The job takes updates in parts; `shards` tells which part of which tensor goes to which job."""
+
+    def __init__(self, job: str, shards: list[dict[str, Any]]) -> None:
+        detail = f"the model of {job!r} is cut into {len(shards)} shards: send the part of each to its own job"
+        super().__init__(409, "Sharded job", detail)
+        self.shards = shards
 
 
 class Unauthorized(Refused):
@@ -64,7 +73,9 @@ def problem_response(status: int, title: str, detail: str = "", **members: Any) 
 
 def answer_refused(error: Refused) -> Response:
     """The answer to a refusal, with the headers that belong to it."""
-    members = {"round": error.round} if isinstance(error, Late) else {}
+    members: dict[str, Any] = {"round": error.round} if isinstance(error, Late) else {}
+    if isinstance(error, Sharded):
+        members = {"shards": error.shards}
     response = problem_response(error.status, error.title, error.detail, **members)
     if isinstance(error, Busy):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

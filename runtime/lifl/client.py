@@ -14,6 +14,10 @@ model.
         model = client.fetch_model()
         client.submit(difference, num_samples=samples, round=model.round, delta=True)
 
+In a cluster a job's model may be cut into shards, of which each node has some. Nothing changes for whoever uses a
+client: it learns of the shards when it first submits, and from then on sends the part of each to its own job, all
+at the same time.
+
 In a cluster any gateway will do, and several may be named: when one is gone the next is asked. A gateway sends an
 update on to the node that folds it (307), and the client stays with that one as long as it answers.
 
@@ -34,23 +38,25 @@ import random
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from http.client import HTTPException, HTTPResponse
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 from lifl.congestion import avoid_bbr
-from lifl.errors import Busy, InvalidInput, Refused, Unavailable
+from lifl.errors import Busy, InvalidInput, InvalidModel, Refused, Unavailable
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     from lifl.model_layout import ModelLayout
+    from lifl.shard_sender import ShardSender
     from lifl.tensors import Buffer, Encoder, Tensor
 
 EVENT_TYPE: Final = "dev.lifl.update.v1"
@@ -67,10 +73,14 @@ _MAX_UNSIZED_BYTES: Final = 16 << 20
 _MAX_BACKOFF_SECONDS: Final = 60.0
 _CONNECT_SECONDS: Final = 10.0
 _MOST_MOVES: Final = 5
+# A peer that has lost its power says nothing; it is given up within half a minute.
+_KEEPALIVE: Final = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 # CloudEvents HTTP 3.1.3.2: printable ASCII but space, quote and percent stands for itself.
 _SAFE: Final = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '"%')
 
 _T = TypeVar("_T")
+_Body = Sequence[bytes | memoryview]
+"""Pieces that are sent one behind the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +190,12 @@ class Client:
         self._base = f"/v1/jobs/{quote(job, safe='')}"
         self._encoder: Encoder | None = None
         self._sent: _Sent | None = None
+        self._shards: ShardSender | None = None
+        """For a job whose model is cut into shards."""
+        self._is_over: threading.Event | None = None
+        """Of the client of a shard: set when its part need not be sent any more."""
+        self._patience = 0.0
+        """How much longer than `timeout` an answer may take."""
         self._newest: tuple[int, str] = (0, "")  # round and etag of the newest model seen
         self._sleep: Callable[[float], None] = time.sleep
 
@@ -197,6 +213,8 @@ class Client:
     def close(self) -> None:
         """Close the connection; the next call opens another."""
         self._connection.close()
+        if self._shards is not None:
+            self._shards.close()
 
     # --- training --------------------------------------------------------------------------------------------
 
@@ -209,7 +227,7 @@ class Client:
         body = json.dumps({"client": self.client_id}).encode()
         path = f"{self._base}/rounds/{round}/participants"
         try:
-            self._call("POST", path, {"Content-Type": "application/json"}, body)
+            self._call("POST", path, {"Content-Type": "application/json"}, (body,))
         except Refused as refusal:
             if _open_round_after(refusal, round) or (refusal.status, refusal.title) == (409, "Enough clients"):
                 return False
@@ -234,14 +252,13 @@ class Client:
         """
         if not (math.isfinite(num_samples) and num_samples > 0):
             raise InvalidInput(f"num_samples must be finite and more than 0, not {num_samples}")
-        identity = hashlib.blake2s(f"{self.job}\0{self.client_id}".encode(), digest_size=16).hexdigest()
         headers = {
             "Content-Type": MEDIA_TYPE,
             "ce-specversion": "1.0",
             "ce-type": EVENT_TYPE,
             "ce-source": quote(self.client_id, safe=_SAFE),
             # The same for each attempt, and unique across clients: brokers look at nothing else.
-            "ce-id": f"{identity}-{round}",
+            "ce-id": self._event_id(round),
             "ce-round": str(round),
             "ce-numsamples": repr(float(num_samples)),
         }
@@ -254,7 +271,39 @@ class Client:
         self._sent = _Sent(round, headers, body) if is_ours else None
         return self._send_update(round, headers, body)
 
+    def _event_id(self, round: int) -> str:
+        identity = hashlib.blake2s(f"{self.job}\0{self.client_id}".encode(), digest_size=16).hexdigest()
+        return f"{identity}-{round}"
+
     def _send_update(self, round: int, headers: Mapping[str, str], body: Buffer) -> Submission:
+        if self._shards is not None:
+            try:
+                return Submission(*self._shards.send(round, headers, body))
+            except (InvalidModel, Refused) as error:
+                if isinstance(error, Refused) and error.status != 404:
+                    raise
+                self._shards.close()  # another job may have the name now: ask whether it is cut, and how
+                self._shards = None
+        try:
+            return self._post_update(round, headers, (memoryview(cast(bytes, body)).cast("B"),))
+        except Refused as refusal:
+            if (refusal.status, refusal.title) != (409, "Sharded job"):
+                raise
+            self._shards = self._reach_shards(getattr(refusal, "shards", None))
+        return Submission(*self._shards.send(round, headers, body))
+
+    def _reach_shards(self, described: Any) -> ShardSender:
+        from lifl.shard_sender import ShardSender
+        from lifl.shards import read_shards
+
+        def connect(job: str) -> Client:
+            client = Client(self._gateways, job, self.client_id, timeout=self._timeout, retries=self._retries)
+            client._headers = self._headers
+            return client
+
+        return ShardSender(read_shards(described), connect)
+
+    def _post_update(self, round: int, headers: Mapping[str, str], body: _Body) -> Submission:
         try:
             answer = self._call("POST", f"{self._base}/updates", headers, body)
         except Refused as refusal:
@@ -267,6 +316,23 @@ class Client:
             return Submission("duplicate", round)
         counts_in = answer.json().get("round")
         return Submission("accepted", counts_in if isinstance(counts_in, int) else round)
+
+    def _make_part(self, is_over: threading.Event, patience: float) -> None:
+        """Make this the client of one shard; for `lifl.shard_sender`.
+
+        `is_over` is set when its part need not be sent any more; answers may take `patience` seconds longer.
+        """
+        self._is_over, self._patience = is_over, patience
+        self._connection = self._connect(self._gateways[self._home])
+        self._sleep = partial(_sleep_until, is_over)
+
+    def _send_part(self, round: int, headers: Mapping[str, str], body: _Body) -> Submission:
+        """Send one shard's part of an update, the pieces of a safetensors file; for `lifl.shard_sender`."""
+        return self._post_update(round, {**headers, "ce-id": self._event_id(round)}, body)
+
+    def _interrupt(self) -> None:
+        """Have whatever waits for an answer, in another thread, wait no longer."""
+        self._connection.interrupt()
 
     def _send_again(self, round: int) -> None:
         """Send this round's update again, in case the node was started anew and has forgotten it."""
@@ -325,11 +391,12 @@ class Client:
         Raises Refused 409 if the name belongs to a job with another specification.
         """
         body = json.dumps({"name": self.job, **spec}).encode()
-        return self._call("POST", "/v1/jobs", {"Content-Type": "application/json"}, body).json()
+        return self._call("POST", "/v1/jobs", {"Content-Type": "application/json"}, (body,)).json()
 
     def upload_model(self, model: Mapping[str, Tensor] | Buffer) -> dict[str, Any]:
         """Give the job its initial model, which fixes the layout and opens round 1. Returns the job's state."""
-        return self._call("PUT", f"{self._base}/model", {"Content-Type": MEDIA_TYPE}, self._encode(model)).json()
+        body = memoryview(cast(bytes, self._encode(model))).cast("B")
+        return self._call("PUT", f"{self._base}/model", {"Content-Type": MEDIA_TYPE}, (body,)).json()
 
     def describe(self) -> dict[str, Any]:
         """The state of the job as the gateway tells it."""
@@ -364,30 +431,40 @@ class Client:
         method: str,
         path: str,
         headers: Mapping[str, str] | None = None,
-        body: Buffer | None = None,
+        body: _Body | None = None,
         *,
         wait: float = 0.0,
     ) -> _Answer:
         """One request, repeated while that may help; Refused for every status from 400 on."""
-        view = None if body is None else memoryview(cast(bytes, body)).cast("B")
 
         def attempt() -> _Answer:
             if wait and self._was_cut:
                 raise _Cut
-            answer = self._request(method, path, {**self._headers, **(headers or {})}, view, wait)
+            self._check_not_over()
+            try:
+                answer = self._request(method, path, {**self._headers, **(headers or {})}, body, wait)
+            except Unavailable:
+                self._check_not_over()
+                raise
             if answer.status >= 400:
                 raise _refusal(answer)
             return answer
 
         return self._repeat(attempt)
 
+    def _check_not_over(self) -> None:
+        if self._is_over is not None and self._is_over.is_set():
+            from lifl.shard_sender import Abandoned
+
+            raise Abandoned
+
     def _request(
-        self, method: str, path: str, headers: Mapping[str, str], body: memoryview | None, wait: float
+        self, method: str, path: str, headers: Mapping[str, str], body: _Body | None, wait: float
     ) -> _Answer:
         """Ask the gateway, and whom it names instead."""
         try:
             for _ in range(_MOST_MOVES):
-                answer = self._connection.request(method, path, headers, body, wait)
+                answer = self._connection.request(method, path, headers, body, wait + self._patience)
                 if answer.status != 307:
                     return answer
                 self._move(answer.headers.get("location", ""), path)
@@ -404,8 +481,13 @@ class Client:
                 f"{self._connection.origin} sends its clients to {location!r}, which cannot be right"
             )
         self._connection.close()
-        self._connection = _Connection(url, self._timeout)
+        self._connection = self._connect(url)
         self._was_moved = True
+
+    def _connect(self, url: str) -> _Connection:
+        connection = _Connection(url, self._timeout)
+        connection.is_over = self._is_over
+        return connection
 
     def _leave(self) -> None:
         """The gateway does not answer: go back to the one that was named, or on to the next."""
@@ -414,7 +496,7 @@ class Client:
             self._home = (self._home + 1) % len(self._gateways)
         if self._was_moved or len(self._gateways) > 1:
             self._connection.close()
-            self._connection = _Connection(self._gateways[self._home], self._timeout)
+            self._connection = self._connect(self._gateways[self._home])
         self._was_moved = False
 
     def _repeat(self, attempt: Callable[[], _T]) -> _T:
@@ -428,6 +510,10 @@ class Client:
             reraise=True,
         )
         return retrying(attempt)
+
+
+def _sleep_until(event: threading.Event, seconds: float) -> None:
+    event.wait(seconds)
 
 
 def _pause(state: Any) -> float:
@@ -452,8 +538,9 @@ def _refusal(answer: _Answer) -> Refused:
         refusal = Busy(title, detail, retry_after=_retry_after(answer.headers.get("retry-after", "")))
     else:
         refusal = Refused(answer.status, title, detail)
-    # Only what is late or early carries one; `submit` and `take_part` look for it.
+    # Only what is late or early carries a round, only a job that is cut its shards; `submit` looks for both.
     refusal.round = problem.get("round")  # type: ignore[attr-defined]
+    refusal.shards = problem.get("shards")  # type: ignore[attr-defined]
     return refusal
 
 
@@ -532,14 +619,23 @@ class _Connection:
         self.origin = f"{parts.scheme}://{self._host_header}"
         self._timeout = timeout
         self._socket: socket.socket | None = None
+        self.is_over: threading.Event | None = None
+        """When this is set, no exchange begins any more."""
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
+    def interrupt(self) -> None:
+        """End the exchange that another thread is in: it fails."""
+        sock = self._socket
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def request(
-        self, method: str, path: str, headers: Mapping[str, str], body: memoryview | None, wait: float
+        self, method: str, path: str, headers: Mapping[str, str], body: _Body | None, wait: float
     ) -> _Answer:
         """Send one request and return the whole answer. `wait` is how much longer the gateway may take.
 
@@ -564,6 +660,7 @@ class _Connection:
         sock.settimeout(self._timeout)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
             _avoid_bbr_on_loopback(sock)
             if self._tls:
                 sock = ssl.create_default_context().wrap_socket(sock, server_hostname=self._host)
@@ -571,6 +668,8 @@ class _Connection:
             sock.close()
             raise
         self._socket = sock
+        if self.is_over is not None and self.is_over.is_set():
+            raise ConnectionAbortedError("nobody waits for the answer any more")
         return sock
 
     def _exchange(
@@ -579,10 +678,11 @@ class _Connection:
         method: str,
         path: str,
         headers: Mapping[str, str],
-        body: memoryview | None,
+        body: _Body | None,
         wait: float,
     ) -> _Answer:
-        expects = body is not None and len(body) > EXPECT_BYTES
+        nbytes = sum(map(len, body or ()))
+        expects = nbytes > EXPECT_BYTES
         sock.settimeout(self._timeout)
         head = self._head(method, path, headers, body, expects)
         received = bytearray()
@@ -594,8 +694,8 @@ class _Connection:
             sock.sendall(head)
             answered = _readable(sock, _EXPECT_SECONDS) and not _is_interim(sock, received)
             sent = not answered and _send(sock, body)
-        elif len(body) <= 1 << 16:
-            sent = _send(sock, memoryview(head + body))
+        elif nbytes <= 1 << 16:
+            sent = _send(sock, (head + b"".join(body),))
         else:
             sock.sendall(head)
             sent = _send(sock, body)
@@ -609,13 +709,13 @@ class _Connection:
         return answer
 
     def _head(
-        self, method: str, path: str, headers: Mapping[str, str], body: memoryview | None, expects: bool
+        self, method: str, path: str, headers: Mapping[str, str], body: _Body | None, expects: bool
     ) -> bytes:
         from lifl import __version__
 
         lines = {"Host": self._host_header, "User-Agent": f"lifl/{__version__}", **headers}
         if body is not None:
-            lines["Content-Length"] = str(len(body))
+            lines["Content-Length"] = str(sum(map(len, body)))
         if expects:
             lines["Expect"] = "100-continue"
         text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -627,11 +727,13 @@ class _Connection:
             raise InvalidInput("the token and the URL must be ASCII") from None
 
 
-def _send(sock: socket.socket, body: memoryview) -> bool:
+def _send(sock: socket.socket, body: _Body) -> bool:
     """Send a body; False if the peer stopped reading, which it does once it has answered. Raises TimeoutError."""
     try:
-        for start in range(0, len(body), _SEND_BYTES):
-            sock.sendall(body[start : start + _SEND_BYTES])
+        for piece in body:
+            view = memoryview(piece)
+            for start in range(0, len(view), _SEND_BYTES):
+                sock.sendall(view[start : start + _SEND_BYTES])
     except TimeoutError:
         raise
     except OSError:  # broken pipe, connection reset, TLS end of file: its answer may be here already
@@ -697,6 +799,15 @@ def _read_exactly(response: HTTPResponse, length: int) -> bytearray:
                 raise ConnectionResetError(f"the answer ended after {done} of {length} bytes")
             done += count
     return body
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Have the kernel ask now and then whether the peer is still there, where it knows how."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _avoid_bbr_on_loopback(sock: socket.socket) -> None:

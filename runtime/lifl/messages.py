@@ -311,6 +311,13 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     over_selection: float = 0.0
     """Synchronous jobs: ceil(goal x (1 + this)) clients are selected for a round, so that it reaches its goal
     though some of them fail or are slow. 0: everyone may take part."""
+    shards: int = 1
+    """In a cluster: parts into which the model is cut, each on a node of its own as far as there are so many. For
+    models larger than the memory of one node."""
+    shard_of: str = ""
+    """The job that this one is a shard of; set by the coordinator alone."""
+    whole: JobSpec | None = None
+    """The same job as it was asked for; set by the coordinator alone."""
 
 
 class CreateJob(Message):
@@ -374,6 +381,8 @@ class Commit(Message):
     gateway: int
     """The gateway's endpoint. A commit of a gateway that has been replaced on its seat meanwhile is refused, for
     its slots are the successor's."""
+    update: str = ""
+    """Of a part for a shard: what tells the parts of this update from those of another one by the same client."""
 
 
 class Verdict(Message):
@@ -724,6 +733,8 @@ class JobState(Message):
     checkpointed_round: int = 0
     workers: int = 0
     detail: str = ""
+    elsewhere: str = ""
+    """Base URL of who has the model of a sharded job and takes its updates apart, if this node does not."""
 
 
 class Jobs(Message):

@@ -372,6 +372,23 @@ def test_a_job_is_described_with_its_settings(run: Run, coordinator: Scripted) -
     assert json.loads(run("job", "describe", "digits", "--url", coordinator.url, "-o", "json")[1]) == CLUSTERED
 
 
+def test_a_job_in_shards_says_so(run: Run, coordinator: Scripted) -> None:
+    big = {**CLUSTERED, "job": "b" * 60, "spec": {**CLUSTERED["spec"], "shards": 256}}
+    part = {**CLUSTERED, "job": "big.7", "spec": {**CLUSTERED["spec"], "shards": 1, "shard_of": "big"}}
+    coordinator.answer("GET /v1/jobs/big", big)
+    coordinator.answer("GET /v1/jobs/big.7", part)
+    coordinator.answer("GET /v1/jobs", {"jobs": [big, CLUSTERED]})
+
+    out = run("job", "describe", "big", "--url", coordinator.url)[1]
+    assert ["Shards", "256"] in rows(out)
+    assert_narrow(out)
+    assert "this is one of big" in run("job", "describe", "big.7", "--url", coordinator.url)[1]
+    out = run("job", "list", "--url", coordinator.url)[1]
+    assert "SHARDS" in rows(out)[0]
+    assert "256" in rows(out)[1] and "1" in rows(out)[2]
+    assert_narrow(out)
+
+
 def test_a_model_of_unknown_size_is_a_model_all_the_same(run: Run, coordinator: Scripted) -> None:
     coordinator.answer("GET /v1/jobs/digits", {**CLUSTERED, "model_payload_bytes": 0})
     coordinator.answer("GET /v1/jobs/new", {**CLUSTERED, "model_payload_bytes": 0, "model_round": 0})
@@ -441,7 +458,7 @@ def test_cancelling_deletes_the_job(run: Run, coordinator: Scripted) -> None:
 def test_every_field_of_a_jobs_specification_has_an_option() -> None:
     options = {parameter.name for parameter in create_command.params}
 
-    assert set(JobSpec.__struct_fields__) <= options
+    assert set(JobSpec.__struct_fields__) - {"shard_of", "whole"} <= options
 
 
 def test_only_what_is_given_is_sent(run: Run, coordinator: Scripted) -> None:

@@ -26,6 +26,7 @@ from lifl.cli.common import (
 from lifl.cli.status import job_list, job_table, round_table, state_tables
 from lifl.cli.tables import facts_table, format_seconds, plain_table, show, stack
 from lifl.errors import InvalidModel, InvalidProject, Unavailable
+from lifl.shards import MOST_SHARDS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,6 +78,11 @@ _SPEC_OPTIONS = (
         type=click.FloatRange(min=0),
         metavar="SHARE",
         help="Mode sync: select so many more clients than the goal. [default: no selection]",
+    ),
+    click.option(
+        "--shards",
+        type=click.IntRange(1, MOST_SHARDS),
+        help="In a cluster: parts of the model, on different nodes. [default: 1]",
     ),
     click.option(
         "--timing", type=click.Choice(["eager", "lazy"]), help="When updates are folded. [default: eager]"

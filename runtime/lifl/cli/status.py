@@ -75,17 +75,19 @@ def job_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
     from rich.text import Text
 
     in_cluster = any(_is_clustered(state) for job in jobs for state in _rounds(job))
-    ends = ("NODES", "TOP") if in_cluster else ("PLANE",)
+    are_cut = any(_is_cut(job) for job in jobs)
+    ends = (*(("SHARDS",) if are_cut else ()), "NODES", "TOP") if in_cluster or are_cut else ("PLANE",)
     table = plain_table(
         *("JOB", "STATUS", "ROUND", "UPDATES", "ACT", "WORKERS", *ends),
         left=frozenset({"JOB", "STATUS", "PLANE", "TOP"}),
-        widths={"JOB": 16 if in_cluster else 20, "TOP": 12},
+        widths={"JOB": 12 if are_cut else 16 if in_cluster else 20, "TOP": 8 if are_cut else 12},
     )
     for job in jobs:
         last = job.get("last") or {}
         where = [Text(str(job.get("data_plane") or "-"))]
-        if in_cluster:
-            where = [Text(count(last.get("nodes"))), Text(str(last.get("top") or "-"))]
+        if in_cluster or are_cut:
+            shards = [Text(count((job.get("spec") or {}).get("shards", 1)))] if are_cut else []
+            where = [*shards, Text(count(last.get("nodes"))), Text(str(last.get("top") or "-"))]
         table.add_row(
             Text(str(job.get("job", job.get("name", "?")))),
             Text(str(job.get("status", "?"))),
@@ -106,6 +108,7 @@ def round_table(job: Mapping[str, Any]) -> Table:
         ("Status", job.get("status", "?")),
         ("Function", spec.get("function", "-")),
         ("Goal", spec.get("goal", "-")),
+        ("Shards", _shards(spec)),
         ("Model", _model(job)),
         ("Data plane", job.get("data_plane") or "-"),
         ("Workers", job.get("workers", "-")),
@@ -165,6 +168,17 @@ def _rounds(job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _is_clustered(state: Mapping[str, Any]) -> bool:
     """Whether a round is one of several nodes; a node on its own is always one node, which it does not name."""
     return bool(state.get("top")) or state.get("nodes", 1) != 1
+
+
+def _is_cut(job: Mapping[str, Any]) -> bool:
+    return bool((job.get("spec") or {}).get("shards", 1) > 1)
+
+
+def _shards(spec: Mapping[str, Any]) -> str | None:
+    """How a job's model is cut, if it is; None leaves the line out."""
+    if spec.get("shard_of"):
+        return f"this is one of {spec['shard_of']}"
+    return count(spec["shards"]) if spec.get("shards", 1) > 1 else None
 
 
 def _model(job: Mapping[str, Any]) -> str:

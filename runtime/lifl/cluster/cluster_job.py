@@ -125,6 +125,8 @@ class ClusterJob:
     """The nodes that take its updates."""
     planned_leaves: dict[str, int] = field(default_factory=dict)
     """By incarnation."""
+    home_node: str = ""
+    """Of a shard: incarnation of the node that takes all of its updates; empty while there is none."""
     pending: PendingEstimate = field(init=False)
 
     def __post_init__(self) -> None:
@@ -212,9 +214,16 @@ class ClusterJob:
         able = sorted((member for member in self.members.living if self.may_place(member)), key=_key)
         self.index = PlacementIndex({member.incarnation: self.residual_of(member) for member in able}, size=size)
 
+    @property
+    def is_shard(self) -> bool:
+        """It is one of the shards of another job."""
+        return self.spec.shard_of != ""
+
     def home(self) -> str:
         """The one node that takes the round's updates, once there is one: the top of a round that was opened once
-        more, or where a gathering function has the first of them."""
+        more, where a gathering function has the first of them, or a shard's."""
+        if self.is_shard:
+            return self.home_node
         assert self.round is not None
         if self.round.is_reopened:
             return self.round.top
@@ -224,7 +233,12 @@ class ClusterJob:
         return ""
 
     def choose_top(self, updates: Mapping[str, int]) -> str:
-        """The node that finishes a round with this many updates on each: where most are, or where the state is."""
+        """The node that finishes a round with this many updates on each: where most are, or where the state is.
+
+        All updates of a shard are on one node, and partial aggregates of it never travel.
+        """
+        if self.is_shard:
+            return choose_top(updates)
         maker = self.members.find(self.maker) if self.maker else None
         if self.has_state and maker is not None and self.may_place(maker):
             return maker.incarnation
@@ -247,6 +261,8 @@ class ClusterJob:
         """Plan the aggregators of a round that opens, for as many updates as rounds have had lately."""
         pending = self.pending.observe(self.last.state.accepted if self.last else self.spec.goal)
         able = sorted((member for member in self.members.living if self.may_place(member)), key=_key)
+        if self.is_shard:
+            able = [member for member in able if member.incarnation == self.home_node]
         candidates = [Candidate(m.incarnation, max(1, m.registration.cores), m.residual) for m in able]
         self.planned_leaves = {}
         if candidates:
@@ -360,9 +376,18 @@ class ClusterJob:
         """The first round whose contributors matter, if the job went back to its newest stored model now."""
         return oldest_base(self.spec, max(1, self.checkpointed_round))
 
-    def roll_back(self, now: float) -> None:
-        """Go back to the newest stored model: what was made of it since is lost."""
-        first = self.checkpointed_round
+    def roll_back(self, now: float, first: int = 0) -> list[int]:
+        """Go back to the newest stored model: what was made of it since is lost.
+
+        With `first` to the stored model that starts this round, as if those after it had never been stored.
+        Returns the rounds of which that is so.
+        """
+        first = first or self.checkpointed_round
+        beyond = [number for number in self.checkpoints if number > first]
+        for number in beyond:
+            self.journal.remove_checkpoint(self.key, number)
+        self.checkpoints = self.checkpoints[: len(self.checkpoints) - len(beyond)]
+        self.checkpointed_round = first
         self.journal.undo_rounds(self.key, first)
         self.attempt += 1
         # Models of undone rounds may be in clients' caches: their ETags must not match the new ones.
@@ -380,6 +405,7 @@ class ClusterJob:
         self.model_round = self.made_round = first
         self.status = "running"
         self.open_round(first, now)
+        return beyond
 
     # --- what others see -------------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from lifl.cluster.journal import COUNTED, JobRow, Journal
 from lifl.cluster.members import Member, Members
 from lifl.cluster.order_news import OrderNews
 from lifl.cluster.placements import Placements
+from lifl.cluster.sharded_job import ShardedJob
+from lifl.cluster.sharded_jobs import ShardedJobs
 from lifl.control.gateway_requests import check_spec
 from lifl.errors import Refused
 from lifl.messages import JobSpec
@@ -47,6 +49,7 @@ class ClusterJobs:
         self.kinds: dict[str, FunctionKind] = {}
         """What is known of functions, by name."""
         self.placements = Placements(members, self.by_name)
+        self.sharded = ShardedJobs(self)
         self.totals = Totals()
         self.ended_rounds = 0
         """Grows whenever there may be a round to compact."""
@@ -57,6 +60,14 @@ class ClusterJobs:
         if job is None:
             raise Refused(404, "no such job", f"there is no job {name!r} here; POST /v1/jobs makes one")
         return job
+
+    def has(self, name: str) -> bool:
+        """Whether there is a job of this name, sharded or not."""
+        return name in self.by_name or name in self.sharded.by_name
+
+    def find_any(self, name: str) -> ClusterJob | ShardedJob:
+        """A job, sharded or not; raises Refused 404 when there is none of this name."""
+        return self.sharded.by_name.get(name) or self.find(name)
 
     def round_key(self, name: str, number: int) -> int:
         """The journal's row of a round that is open or complete; raises Refused 404."""
@@ -73,17 +84,23 @@ class ClusterJobs:
 
     # --- beginning and end -----------------------------------------------------------------------------------
 
-    def create(self, spec: JobSpec) -> ClusterJob:
+    def create(self, spec: JobSpec) -> None:
         """Make a job; the same again is not an error. Raises Refused 409 or 422."""
-        existing = self.by_name.get(spec.name)
-        if existing is not None and existing.spec == spec:
-            return existing
-        if existing is not None:
+        if self.has(spec.name) and self.find_any(spec.name).spec == spec:
+            return
+        if self.has(spec.name):
             raise Refused(
                 409, "name taken", f"another job is called {spec.name!r}; DELETE it or choose another name"
             )
         check_spec(spec)
         self._require_function(spec.function)
+        if spec.shards > 1:
+            self.sharded.create(spec)
+        else:
+            self.add(spec)
+
+    def add(self, spec: JobSpec) -> ClusterJob:
+        """Make a job that was checked."""
         former = self.deleted.get(spec.name)
         if former is not None:
             self._retire(former)  # orders of the new one, with another nonce, say the same
@@ -113,12 +130,24 @@ class ClusterJobs:
         job.tell_all()
 
     def fail(self, job: ClusterJob, detail: str) -> None:
-        """Give a job up."""
+        """Give a job up; if it is a shard, the others too."""
         log.error("job %s failed: %s", job.name, detail)
         job.status, job.detail = "failed", detail
         self._give_up_round(job)
         job.touch()
         job.tell_all()
+        self.sharded.failed(job)
+
+    def remove(self, name: str) -> None:
+        """Stop a job for good, with all its shards. Raises Refused 404, or 409 for one of these."""
+        sharded = self.sharded.by_name.get(name)
+        if sharded is not None:
+            self.sharded.delete(sharded)
+            return
+        job = self.find(name)
+        if job.is_shard:
+            raise Refused(409, "shard of a job", f"{name!r} is a shard: DELETE the job {job.spec.shard_of!r}")
+        self.delete(job)
 
     def delete(self, job: ClusterJob) -> None:
         """Stop a job for good; the nodes hear of it until each has said so."""
@@ -159,6 +188,7 @@ class ClusterJobs:
         """Close the round if it has what it needs."""
         if job.round is not None and job.round.try_close(now, job.choose_top):
             job.tell_all()
+            self.sharded.closed(job)
 
     def complete(self, job: ClusterJob, round_: ClusterRound, now: float) -> None:
         """The model of the round was made."""
@@ -185,6 +215,7 @@ class ClusterJobs:
             job.open_round(job.model_round, now)
             if before is not None and job.round is not None:
                 self.placements.carry_over(before, job.round)
+            self.sharded.opened(job, now)
         job.tell_all()
 
     def stored(self, job: ClusterJob, round_number: int, now: float) -> list[int]:
@@ -202,6 +233,7 @@ class ClusterJobs:
         """A node is a member now."""
         for job in self.by_name.values():
             job.reindex(member)
+        self.sharded.assign_homes()
 
     def reindex(self, member: Member) -> None:
         """A node may get updates now, or no longer."""
@@ -213,7 +245,9 @@ class ClusterJobs:
             job.versions.pop(member.incarnation, None)
             if job.remove_holder(member):
                 job.tell_all()
-            self._lose_share(job, member, now)
+            if not job.is_shard:
+                self._lose_share(job, member, now)
+        self.sharded.lose(member, now)
         for job in list(self.deleted.values()):
             self.note_aware(job, member.incarnation)
 
@@ -267,6 +301,7 @@ class ClusterJobs:
         for job in self.by_name.values():
             if job.spec.function == function:
                 job.reindex_all()
+        self.sharded.learned(function)
 
     def break_on(self, job: ClusterJob, member: Member, detail: str, now: float) -> None:
         """A node can do no more for a job; with too many of them it fails."""
@@ -275,7 +310,10 @@ class ClusterJobs:
         log.warning("job %s cannot go on on node %s: %s", job.name, member.name, detail)
         job.broken[member.incarnation] = detail
         self.journal.break_job(job.key, member.key, detail)
-        self._lose_share(job, member, now)
+        if job.is_shard:
+            self.sharded.lose_share(job, member, now)
+        else:
+            self._lose_share(job, member, now)
         job.tell(member.incarnation)
         self.fail_if_hopeless(job, detail)
 
@@ -300,6 +338,7 @@ class ClusterJobs:
             else:
                 self.by_name[job.name] = job
                 job.reindex_all()
+        self.sharded.restore()
 
     def _restore(self, row: JobRow, now: float) -> ClusterJob:
         journal = self.journal

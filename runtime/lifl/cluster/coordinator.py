@@ -2,6 +2,7 @@
 
     members            who is a node of the cluster, and until when
     cluster_jobs       what becomes of jobs (of `cluster_job`, `cluster_round`, `placements`)
+    sharded_jobs       what becomes of those whose model is cut into shards (of `sharded_job`)
     member_requests    answers to the nodes' messages
     order_news         versions of orders, and whom to wake
     journal            what a restart needs
@@ -33,6 +34,7 @@ from lifl.cluster.messages import (
     Registered,
 )
 from lifl.cluster.order_news import OrderNews
+from lifl.cluster.sharded_job import ShardedJob
 from lifl.errors import Refused
 from lifl.messages import JobSpec, JobState
 
@@ -193,13 +195,14 @@ class ClusterCoordinator:
     def next_timer(self, now: float) -> float | None:
         """When something happens by itself: a lease ends, or a deadline passes."""
         times = [when for job in self.jobs.by_name.values() if (when := _deadline(job, now)) is not None]
-        expiry = self.members.next_expiry()
-        return min(times if expiry is None else [*times, expiry], default=None)
+        expiries = (self.members.next_expiry(), self.jobs.sharded.next_expiry())
+        return min([*times, *(expiry for expiry in expiries if expiry is not None)], default=None)
 
     def tick(self, now: float) -> None:
         """Do what is due."""
         for member in self.members.expired(now):
             self._end(member, "lost", now)
+        self.jobs.sharded.expire(now)
         for job in list(self.jobs.by_name.values()):
             self.jobs.settle(job, now)
 
@@ -207,15 +210,18 @@ class ClusterCoordinator:
 
     def create_job(self, spec: JobSpec) -> JobState:
         """Make a job; raises Refused 409 or 422."""
-        return self.requests.describe(self.jobs.create(spec).name)
+        self.jobs.create(spec)
+        return self.requests.describe(spec.name)
 
     def delete_job(self, name: str) -> None:
-        """Stop a job; raises Refused 404."""
-        self.jobs.delete(self.jobs.find(name))
+        """Stop a job; raises Refused 404, or 409 for a shard."""
+        self.jobs.remove(name)
 
-    def require_no_model(self, name: str) -> ClusterJob:
+    def require_no_model(self, name: str) -> ClusterJob | ShardedJob:
         """A job that waits for its initial model; raises Refused 404 or 409."""
-        job = self.jobs.find(name)
+        job = self.jobs.find_any(name)
+        if isinstance(job, ClusterJob) and job.is_shard:
+            raise Refused(409, "shard of a job", f"{name!r} is a shard: PUT the model of {job.spec.shard_of!r}")
         if job.status != "waiting-for-model":
             raise Refused(
                 409, "the job has a model", "a job's initial model is set once; start another job instead"
@@ -223,11 +229,14 @@ class ClusterCoordinator:
         return job
 
     def model_installed(self, name: str, nonce: int, now: float) -> JobState:
-        """The initial model is on the disk: round 1 opens. Raises Refused 404 or 409."""
+        """The initial model, or that of each shard, is on the disk: round 1 opens. Raises Refused 404 or 409."""
         job = self.require_no_model(name)
         if job.nonce != nonce:
             raise Refused(409, "another job", f"job {name!r} is another one now")
-        self.jobs.begin(job, now)
+        if isinstance(job, ShardedJob):
+            self.jobs.sharded.begin(job, now)
+        else:
+            self.jobs.begin(job, now)
         return self.requests.describe(name)
 
     def place_update(self, job: str, number: int, client: str, now: float) -> Placed:

@@ -393,6 +393,14 @@ class Journal:
         )
         yield from self._connection.execute(query, (round_key,))
 
+    def rejected_in(self, job: int, number: int) -> list[str]:
+        """Clients whose updates were not finite in any attempt at a round, as far as they still are rows."""
+        query = (
+            "SELECT DISTINCT client FROM updates JOIN rounds ON rounds.key = updates.round "
+            "WHERE rounds.job = ? AND rounds.number = ? AND updates.state = ?"
+        )
+        return [client for (client,) in self._connection.execute(query, (job, number, REJECTED))]
+
     def shares_of(self, round_key: int) -> Iterator[tuple[int, bool, bool]]:
         """Member, whether it was called and whether it has delivered."""
         query = "SELECT member, is_called, is_delivered FROM shares WHERE round = ?"

@@ -219,6 +219,11 @@ class MemberLink:
         self.load = NodeLoad()
         self.capacity = 0.0
 
+    @property
+    def coordinator(self) -> str:
+        """Base URL of the coordinator."""
+        return self._options.coordinator
+
     # --- for the loop ----------------------------------------------------------------------------------------
 
     def fileno(self) -> int:

@@ -26,6 +26,7 @@ from lifl.cluster.messages import (
     RejectUpdate,
     RoundReport,
 )
+from lifl.cluster.sharded_job import Part, ShardedJob, combine_rounds
 from lifl.control.selection import places_of
 from lifl.errors import Busy, Refused
 from lifl.messages import (
@@ -92,9 +93,10 @@ class MemberRequests:
             case JobBroken():
                 return self._broken(member, message, now)
             case CreateJob():
-                return self.describe(self._jobs.create(message.spec).name)
+                self._jobs.create(message.spec)
+                return self.describe(message.spec.name)
             case DeleteJob():
-                self._jobs.delete(self._jobs.find(message.job))
+                self._jobs.remove(message.job)
                 return Acknowledged()
             case DescribeJob():
                 return self.describe(message.job)
@@ -141,6 +143,11 @@ class MemberRequests:
             raise Busy(
                 "function not loaded yet", f"no node has imported {job.spec.function!r} so far", retry_after=0.5
             )
+        sharded = self._jobs.sharded.of(job)
+        if sharded is not None:
+            if not job.home():
+                raise Busy("no node", "no node can take updates of this shard now", retry_after=0.5)
+            sharded.admit(job, client, number, now)
         # One for the next buffer (`closing`) may come already: its node keeps it until that is open.
         chosen = self._jobs.placements.place(job, round_, contributor, asking, here, now)
         return Placed("open", round_.number, chosen.name, chosen.registration.address)
@@ -154,10 +161,16 @@ class MemberRequests:
         if job is not None and round_ is not None and (round_.is_buffer or round_.number == message.round):
             contributor = contributor_of(job.spec, message.client, message.round)
             self._jobs.placements.release(round_, contributor)
+            sharded = self._jobs.sharded.of(job)
+            if sharded is not None:
+                sharded.end_upload(job, message.client)
         return Acknowledged()
 
     def select(self, job_name: str, number: int, client: str) -> Selection:
         """Give a client a place in a round; raises Refused."""
+        sharded = self._jobs.sharded.by_name.get(job_name)
+        if sharded is not None:
+            job_name = sharded.behind.name  # no job that is sharded selects its clients
         job, round_ = self._open_round(job_name)
         time = time_of(job.spec, number, round_.number)
         if time == "open" and not round_.is_buffer and round_.phase != "open":
@@ -187,7 +200,37 @@ class MemberRequests:
         if message.round < round_.number:
             round_.late += 1
             return Counted("late", round_.number)
+        sharded = self._jobs.sharded.of(job)
+        if sharded is not None and message.client not in round_.updates:
+            return self._count_part(sharded, job, round_, member, message, now)
+        if sharded is not None and sharded.is_of_another(message.client, round_.number, message.update):
+            return Counted("duplicate", round_.number)
         return self._count_in(job, round_, member, message, now)
+
+    def _count_part(
+        self,
+        sharded: ShardedJob,
+        job: ClusterJob,
+        round_: ClusterRound,
+        member: Member,
+        message: CountUpdate,
+        now: float,
+    ) -> Counted:
+        """Count a part of an update together with the others, or have the node ask again when they are there."""
+        placed = self._jobs.placements.release(round_, message.client)
+        sharded.require_welcome(message.client, round_.number)
+        self._require_able(job, round_, member)
+        if round_.judge(message.client) != "open":
+            return Counted("late", round_.number + 1)
+        started = placed.since if placed is not None else now
+        part = Part(member.incarnation, member.key, message.num_samples, started, message.update)
+        parts = sharded.hold(job, message.client, round_.number, part, now)
+        if parts is None:
+            return Counted("ask-again", round_.number, self._jobs.news.newest + 1)
+        if not sharded.is_open(round_.number):
+            raise Busy("shards apart", "not all shards have opened this round", retry_after=0.1)
+        self._jobs.sharded.count(sharded, message.client, parts, now)
+        return Counted("accepted", round_.number)
 
     @staticmethod
     def _is_counted_before(job: ClusterJob, member: Member, message: CountUpdate) -> bool:
@@ -238,7 +281,7 @@ class MemberRequests:
     def _require_able(job: ClusterJob, round_: ClusterRound, member: Member) -> None:
         if member.incarnation in job.broken:
             raise Refused(409, "job is broken here", job.broken[member.incarnation])
-        home = job.home() if job.gathers else ""
+        home = job.home() if job.gathers or job.is_shard else ""
         if home and home != member.incarnation:
             raise Busy("elsewhere", "the updates of this round are gathered on another node", retry_after=0.1)
 
@@ -246,6 +289,9 @@ class MemberRequests:
         job = self._jobs.find(message.job)
         round_ = job.round
         if round_ is None or (round_.number, job.attempt) != (message.round, message.attempt):
+            return Acknowledged()
+        if job.is_shard:
+            self._jobs.sharded.reject(job, round_, member, message.client, now)
             return Acknowledged()
         top = round_.top
         if round_.reject(member.incarnation, message.client):
@@ -303,6 +349,9 @@ class MemberRequests:
 
     def _held(self, member: Member, message: ModelHeld) -> Acknowledged:
         job = self._jobs.find(message.job)
+        sharded = self._jobs.sharded.of(job)
+        if sharded is not None:
+            sharded.note_slots(job, member.incarnation, message.slots)
         is_newest = (message.attempt, message.round) == (job.attempt, job.made_round)
         if is_newest and job.add_holder(member.incarnation):
             job.tell_all()
@@ -338,20 +387,27 @@ class MemberRequests:
 
     def describe(self, name: str) -> JobState:
         """A job; raises Refused 404."""
-        return self._jobs.find(name).state(*self._cluster())
+        return self._jobs.find_any(name).state(*self._cluster())
 
     def _cluster(self) -> tuple[str, int]:
         planes = {member.registration.data_plane for member in self._members.living}
         return "+".join(sorted(planes)), sum(member.load.workers for member in self._members.living)
 
     def list_jobs(self, after: str = "", most: int | None = _PAGE_JOBS) -> Jobs:
-        """The jobs whose names come after `after`, in order, at most so many."""
-        names = sorted(name for name in self._jobs.by_name if name > after)[:most]
+        """The jobs whose names come after `after`, in order, at most so many; shards are not among them."""
+        shown: dict[str, ClusterJob | ShardedJob] = {
+            name: job for name, job in self._jobs.by_name.items() if not job.is_shard
+        }
+        shown |= self._jobs.sharded.by_name
+        names = sorted(name for name in shown if name > after)[:most]
         cluster = self._cluster()
-        return Jobs(tuple(self._jobs.by_name[name].state(*cluster) for name in names))
+        return Jobs(tuple(shown[name].state(*cluster) for name in names))
 
     def describe_round(self, name: str, number: int) -> RoundState:
         """A round: the open one, or a complete one from memory or journal. Raises Refused 404."""
+        sharded = self._jobs.sharded.by_name.get(name)
+        if sharded is not None:
+            return combine_rounds([self.describe_round(job.name, number) for job in sharded.shards])
         job = self._jobs.find(name)
         if job.round is not None and job.round.number == number:
             return job.round.state(job.name_of)

@@ -223,6 +223,8 @@ class CountUpdate(Message):
     client: str
     """What names the update among others: see `lifl.staleness.contributor_of`."""
     num_samples: float
+    update: str = ""
+    """Of a part for a shard: only parts with the same text here are of one update."""
 
 
 class Counted(Message):
@@ -289,6 +291,8 @@ class ModelHeld(Message):
     job: str
     attempt: int
     round: int
+    slots: int = 0
+    """Updates that each of its gateways can hold at once."""
 
 
 class RoundReport(Message):

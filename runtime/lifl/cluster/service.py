@@ -8,13 +8,14 @@ rounds when their time has come, some fetch models to store them, one compacts r
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from lifl.cluster.checkpoints import CheckpointStore, FetchModel, sync_file
 from lifl.cluster.coordinator import CheckpointTask, ClusterCoordinator
@@ -22,8 +23,11 @@ from lifl.cluster.group_commit import GroupCommit
 from lifl.cluster.journal import UpdateRecord
 from lifl.cluster.members import Expired, Member
 from lifl.cluster.messages import Answers, Leave, MemberMessages, Orders, OrdersRequest, Register, Registered
+from lifl.cluster.sharded_job import ShardedJob
 from lifl.errors import LiflError, Refused
 from lifl.messages import JobSpec, JobState
+from lifl.model_layout import parse_header
+from lifl.shards import describe_shards, plan_shards, shard_name
 
 log = logging.getLogger("lifl.coordinator")
 
@@ -60,11 +64,15 @@ class ClusterService:
         """Who waits for orders, by incarnation; all conditions are of the one lock."""
         self._timer = threading.Condition(self._lock)
         self._timer_due: float | None = None
+        self._models = threading.Condition(self._lock)
+        """Who waits for another model of any job."""
         self._fetching = threading.Condition(self._lock)
         self._fetched: dict[str, float] = {}
         """Jobs whose model is being fetched, or when it may be tried again."""
         self._old_rounds = threading.Condition(self._lock)
         self._ended_rounds = -1
+        self._shards: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+        """What clients are told of each sharded job, with the journal's key of its first shard."""
         self._is_stopping = False
         self._threads = [
             threading.Thread(target=self._run_timer, name="timer", daemon=True),
@@ -99,7 +107,7 @@ class ClusterService:
         """Let long polls be answered at once from now on, and the threads end."""
         with self._lock:
             self._is_stopping = True
-            for condition in (self._timer, self._fetching, self._old_rounds, *self._polls.values()):
+            for condition in (self._timer, self._models, self._fetching, self._old_rounds, *self._polls.values()):
                 condition.notify_all()
 
     # --- calls -----------------------------------------------------------------------------------------------
@@ -144,6 +152,7 @@ class ClusterService:
     def _wake(self) -> None:
         woken = self.coordinator.news.take()
         if woken is None:
+            self._models.notify_all()
             for condition in self._polls.values():
                 condition.notify_all()
             return
@@ -204,10 +213,10 @@ class ClusterService:
         """Make a job and the directory for its models; raises Refused 409 or 422."""
 
         def act(coordinator: ClusterCoordinator, now: float) -> JobState:
-            is_new = spec.name not in coordinator.jobs.by_name
+            is_new = not coordinator.jobs.has(spec.name)
             state = coordinator.create_job(spec)
-            if is_new:
-                self.store.make_room(spec.name)
+            for directory in _directories(spec) if is_new else ():
+                self.store.make_room(directory)
             return state
 
         return self.call(act)
@@ -215,11 +224,17 @@ class ClusterService:
     def delete_job(self, name: str) -> None:
         """Stop a job; its models are kept under another name. Raises Refused 404."""
 
-        def put_away(coordinator: ClusterCoordinator, now: float) -> None:
-            if name not in coordinator.jobs.by_name:
-                self.store.retire(name)
+        def delete(coordinator: ClusterCoordinator, now: float) -> JobSpec:
+            spec = coordinator.requests.describe(name).spec
+            coordinator.delete_job(name)
+            return spec
 
-        self.call(lambda coordinator, now: coordinator.delete_job(name))
+        def put_away(coordinator: ClusterCoordinator, now: float) -> None:
+            if not coordinator.jobs.has(name):
+                for directory in _directories(spec):
+                    self.store.retire(directory)
+
+        spec = self.call(delete)
         self.call(put_away)  # only now: a job that the journal still has needs its models
 
     def install_model(self, name: str, path: Path) -> JobState:
@@ -230,16 +245,42 @@ class ClusterService:
             self.store.adopt(path, name)
             return coordinator.model_installed(name, job.nonce, now)
 
-        self.call(lambda coordinator, now: coordinator.require_no_model(name))
+        job = self.call(lambda coordinator, now: coordinator.require_no_model(name))
+        if isinstance(job, ShardedJob):
+            return self._install_shards(job.spec, path)
         sync_file(path)
         return self.call(act)
+
+    def _install_shards(self, spec: JobSpec, path: Path) -> JobState:
+        """Cut the initial model and begin all shards in one commit."""
+
+        def act(coordinator: ClusterCoordinator, now: float) -> JobState:
+            job = coordinator.require_no_model(spec.name)
+            if not isinstance(job, ShardedJob) or job.spec != spec:
+                raise Refused(409, "another job", f"job {spec.name!r} is another one now")
+            self.store.adopt_shards(spec.name, header, parts)
+            return coordinator.model_installed(spec.name, job.nonce, now)
+
+        try:
+            header, parts = self.store.split(path, spec.shards)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Refused(507, "Insufficient Storage", "the state directory is full") from error
+            raise
+        try:
+            return self.call(act)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     def updates_of(self, name: str, number: int, offset: int, most: int) -> tuple[str, list[UpdateRecord], int]:
         """Status of a round, its updates from `offset` on, and how many it has. Raises Refused 404."""
 
         def find(coordinator: ClusterCoordinator, now: float) -> tuple[int, str]:
             status = coordinator.requests.describe_round(name, number).status
-            return coordinator.jobs.round_key(name, number), status
+            sharded = coordinator.jobs.sharded.by_name.get(name)
+            # The updates of all shards are the same; the first tells of its own nodes.
+            return coordinator.jobs.round_key(sharded.shards[0].name if sharded else name, number), status
 
         key, status = self.call(find)
         records, total = self.coordinator.journal.record_of(key, offset, most)
@@ -320,6 +361,7 @@ class ClusterService:
                 self._ended_rounds = self.coordinator.jobs.ended_rounds
                 if self._is_stopping:
                     return
+            self._delete_void()
             try:
                 for key in journal.rounds_to_compact():
                     if not self._is_stopping:
@@ -327,22 +369,105 @@ class ClusterService:
             except sqlite3.Error as error:  # nothing is lost by doing it later
                 log.error("rounds that are over were not compacted: %s", error)
 
+    def _delete_void(self) -> None:
+        """Delete checkpoints that shards had beyond the round that begins anew, once the journal has it so."""
+        with self._lock:
+            sharded = self.coordinator.jobs.sharded
+            void, sharded.void = sharded.void, []
+            ticket = self._finish()
+        with contextlib.suppress(LiflError):
+            self._wait(ticket)
+            with self._lock:
+                for name, number in void:
+                    job = self.coordinator.jobs.by_name.get(name)
+                    # One that is being stored takes the place of the other by itself.
+                    if name not in self._fetched and (job is None or number not in job.checkpoints):
+                        self.store.delete(name, [number])
+
     # --- models ----------------------------------------------------------------------------------------------
 
-    def stored_model(self, name: str, number: int | None) -> tuple[JobState, int, Path | None, str]:
-        """State of a job, the round asked for or the newest, and its model's file or else a node that has it.
+    def wait_for_model(self, name: str, known: Callable[[int], int], seconds: float) -> int:
+        """Wait until a job has another model than the client knows, or is over; at most so many seconds.
 
-        The node is named by the base URL of its gateways. Raises Refused 404 when there is no such job or model.
+        `known` tells from the job's nonce which round's model the client has. Returns the nonce that the job had
+        at first. Raises Refused 404.
         """
+        until = time.monotonic() + seconds
+        with self._lock:
+            first = self.coordinator.jobs.find_any(name).nonce
+            while not self._is_stopping:
+                job = self.coordinator.jobs.find_any(name)
+                is_over = job.status in ("complete", "failed", "deleted")
+                left = until - time.monotonic()
+                if job.nonce != first or job.model_round > known(job.nonce) or is_over or left <= 0:
+                    break
+                self._models.wait(left)
+            ticket = self._finish()
+        self._wait(ticket)
+        return first
 
-        def find(coordinator: ClusterCoordinator, now: float) -> tuple[JobState, int, Path | None, str]:
-            job, state = coordinator.jobs.find(name), coordinator.requests.describe(name)
+    def stored_model(self, name: str, number: int | None) -> StoredModel:
+        """The model that starts a round, or the newest. Raises Refused 404 when there is no such job or model."""
+
+        def find(coordinator: ClusterCoordinator, now: float) -> StoredModel:
+            sharded = coordinator.jobs.sharded.by_name.get(name)
+            state = coordinator.requests.describe(name)
+            if sharded is not None:
+                return self._sharded_model(sharded, state, number or sharded.model_round)
+            job = coordinator.jobs.find(name)
             wanted = number or job.model_round
             if wanted and wanted in job.checkpoints:
-                return state, wanted, self.store.model_path(name, wanted), ""
+                return StoredModel(state, wanted, (self.store.model_path(name, wanted),))
             holders = job.sources() if wanted and wanted == job.model_round == job.made_round else []
             if not holders:
                 raise Refused(404, "no such model", f"the model of round {wanted} is not kept here")
-            return state, wanted, None, holders[0].registration.address
+            return StoredModel(state, wanted, address=holders[0].registration.address)
 
         return self.call(find)
+
+    def _sharded_model(self, sharded: ShardedJob, state: JobState, wanted: int) -> StoredModel:
+        if not sharded.has_stored(wanted):
+            raise Refused(404, "no such model", f"the model of round {wanted} is not kept here")
+        paths = tuple(self.store.model_path(job.name, wanted) for job in sharded.shards)
+        return StoredModel(state, wanted, paths, header=self.store.whole_header(sharded.name))
+
+    def shards_of(self, name: str) -> list[dict[str, Any]]:
+        """The shards of a job as the API tells them: which part of which tensor goes to which of their jobs.
+
+        Raises Refused 404 when it has none, 409 before it has a model.
+        """
+
+        def find(coordinator: ClusterCoordinator, now: float) -> tuple[int, int]:
+            job = coordinator.jobs.find_any(name)
+            if not isinstance(job, ShardedJob):
+                raise Refused(404, "not sharded", f"job {name!r} has no shards")
+            if not job.model_round:
+                raise Refused(
+                    409, "no model yet", f"job {name!r} has no initial model; PUT /v1/jobs/{name}/model first"
+                )
+            return job.shards[0].key, job.spec.shards
+
+        key, count = self.call(find)
+        known = self._shards.get(name)
+        if known is None or known[0] != key:
+            described = describe_shards(name, plan_shards(parse_header(self.store.whole_header(name)), count))
+            known = self._shards[name] = (key, described)
+        return known[1]
+
+
+class StoredModel(NamedTuple):
+    """A model: its file, those of its shards, or else a node that has it."""
+
+    state: JobState
+    round: int
+    """The round that it starts."""
+    paths: tuple[Path, ...] = ()
+    address: str = ""
+    """Base URL of the gateways of that node."""
+    header: bytes = b""
+    """Of the whole model, if the files are those of its shards."""
+
+
+def _directories(spec: JobSpec) -> list[str]:
+    """What a job has directories for."""
+    return [spec.name, *(shard_name(spec.name, index) for index in range(spec.shards) if spec.shards > 1)]

@@ -65,6 +65,7 @@ from lifl.messages import (
     ToCoordinator,
     Verdict,
 )
+from lifl.shards import MOST_SHARDS, shard_name
 from lifl.slot import split_slot_reference
 from lifl.staleness import contributor_of, time_of
 
@@ -376,6 +377,10 @@ class GatewayRequests:
     def _check(self, spec: JobSpec) -> None:
         """Raise `Refused` 422 for a job that cannot be run here."""
         check_spec(spec)
+        if self._context.member is None and spec.shards > 1:
+            raise Refused(
+                422, "not on a single node", "shards: a model is cut into shards by a cluster's coordinator only"
+            )
         functions = self._context.functions
         if functions is not None and spec.function not in functions:
             known = ", ".join(sorted(functions)) or "none"
@@ -387,6 +392,8 @@ class GatewayRequests:
             raise Refused(422, "the function cannot be used", zygote.failure)
         if zygote is not None and zygote.gather:
             require_streaming(spec)
+            if spec.shards > 1:
+                raise Refused(422, "not in shards", f"{spec.function!r} compares whole updates with one another")
 
     def _delete(self, connection: GatewayConnection, name: str) -> Message | None:
         job = self._find(name)
@@ -534,6 +541,7 @@ def check_spec(spec: JobSpec) -> None:
     if not JOB_NAME.fullmatch(spec.function.replace("_", "-")):
         problems.append("function: the name of a function of the project")
     problems += _wrong_with_participation(spec)
+    problems += _wrong_with_shards(spec)
     if problems:
         raise Refused(422, "invalid job", "; ".join(problems))
 
@@ -553,4 +561,18 @@ def _wrong_with_participation(spec: JobSpec) -> list[str]:
         problems.append(
             f"max_staleness: times the goal at most {_MOST_REMEMBERED:,}, for so many updates are remembered"
         )
+    return problems
+
+
+def _wrong_with_shards(spec: JobSpec) -> list[str]:
+    """What is wrong with the fields that say how the model is cut."""
+    problems = []
+    if not 1 <= spec.shards <= MOST_SHARDS:
+        problems.append(f"shards: from 1 (not cut) to {MOST_SHARDS}")
+    elif spec.shards > 1 and not JOB_NAME.fullmatch(shard_name(spec.name, spec.shards - 1)):
+        problems.append("name: too long for the names of its shards, which end with a dot and a number")
+    if spec.shards > 1 and (spec.mode == "async" or spec.over_selection):
+        problems.append("shards: for mode sync and without over_selection")
+    if spec.shard_of or spec.whole is not None:
+        problems.append("shard_of, whole: are not for users; create a job with shards")
     return problems

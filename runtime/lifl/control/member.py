@@ -76,6 +76,8 @@ class Member:
         self._start_calibration = start_calibration
         self._calibrations: int | None = None
         """How often the operator had asked for that by the last orders."""
+        self._boot = ""
+        """Life of the coordinator that the last orders came from: another one does not know what room is here."""
 
     # --- orders ----------------------------------------------------------------------------------------------
 
@@ -86,6 +88,7 @@ class Member:
         are here already.
         """
         self.is_draining = orders.drain
+        is_new_boot, self._boot = orders.boot != self._boot, orders.boot
         self._calibrate_if_asked(orders.calibrate)
         for order in orders.jobs:
             try:
@@ -95,6 +98,10 @@ class Member:
             if order.status == "deleted":
                 self.link.seen[order.job] = order.version
             self.note_seen(order.job)
+        if is_new_boot:
+            for job in self._context.jobs.values():
+                if job.member is not None:
+                    self._tell_held(job)
 
     def note_seen(self, name: str) -> None:
         """Say with the next heartbeat that a job's order was seen, if it may be said."""
@@ -267,12 +274,20 @@ class Member:
         member.received_bytes += job.layout.payload_bytes
         if not order.state_sources:
             member.held_state_round = order.model_round  # it begins with zeros, as the memory does
-        self.link.send(ModelHeld(job.spec.name, order.attempt, order.model_round))
+        self._tell_held(job)
         if not job.last_activity:
             job.last_activity = time.monotonic()
         self.advance(job)
         self._prepare(job)
         self._context.publish(job)
+
+    def _tell_held(self, job: Job) -> None:
+        """Say that the newest model is here, and how much room there is for updates."""
+        member = job.member
+        assert member is not None
+        if job.pools is not None and member.held_round == member.order.model_round:
+            slots = job.pools.updates.slots // self._context.gateway_seats
+            self.link.send(ModelHeld(job.spec.name, member.order.attempt, member.held_round, slots))
 
     def _not_fetched(self, job: Job, order: JobOrder, problem: Problem) -> None:
         """Try again: the sources may have changed, or come to it later. What is wrong for good is told."""
@@ -545,7 +560,8 @@ class Member:
         member = job.member
         assert member is not None
         is_elsewhere = member.order.checkpointed_round == member.order.model_round
-        if is_elsewhere and not member.is_fetching and not member.counting and not member.waiting:
+        is_used = member.is_fetching or member.counting or member.waiting or member.has_postponed
+        if is_elsewhere and not is_used:
             self._drop(job)
 
     def gateway_joined(self) -> None:

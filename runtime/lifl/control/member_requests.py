@@ -175,7 +175,9 @@ class MemberRequests(GatewayRequests):
     def _count(self, connection: GatewayConnection, request: Commit, was_postponed: bool) -> Message | None:
         """Have the coordinator count an update, now or when a round is open that it may count in."""
         self._end_upload(request)
-        self._require_current(request.gateway, request.slot)
+        is_part = self._is_shard(request.job)
+        if not (is_part and was_postponed):  # a gateway's successor knows of the slots in which parts wait
+            self._require_current(request.gateway, request.slot)
         job = self._require_running(request.job)
         member, round_ = self._membership(job), job.round
         is_buffer = job.spec.mode == "async"
@@ -199,9 +201,28 @@ class MemberRequests(GatewayRequests):
             attempt=member.order.attempt,
             client=contributor_of(job.spec, request.client, request.round),
             num_samples=request.num_samples,
+            update=request.update,
         )
         self._member.link.send(question, partial(self._counted, connection, request, job, round_, was_postponed))
         return None
+
+    def _is_shard(self, name: str) -> bool:
+        job = self._context.jobs.get(name)
+        return job is not None and job.spec.shard_of != ""
+
+    def _supersede(self, newer: Commit) -> None:
+        """A client has sent its part of a shard once more: the coordinator waits for the others of this one."""
+        kept: list[tuple[GatewayConnection, Admit | Commit]] = []
+        for connection, request in self._postponed.get(newer.job, ()):
+            if not isinstance(request, Commit) or (request.client, request.round) != (newer.client, newer.round):
+                kept.append((connection, request))
+                continue
+            self._end_upload(request)
+            if connection.has_ended:
+                self._context.release(request.slot, request.generation, request.round)
+            connection.answer(Problem(503, "sent once more", "this client has sent its update again", 0.2))
+        if newer.job in self._postponed:
+            self._postponed[newer.job] = kept
 
     def _require_slot(self, job: Job, request: Commit) -> None:
         """Raise `Refused` 500 unless the request's slot is one of this job's that nothing else is in."""
@@ -218,7 +239,7 @@ class MemberRequests(GatewayRequests):
     def _is_closing(self, name: str) -> bool:
         """Whether updates of an asynchronous job wait here for another order."""
         job = self._context.jobs.get(name)
-        if job is None or job.status != "running" or job.pools is None:
+        if job is None or job.status != "running" or job.pools is None or job.spec.shard_of:
             return False  # they are answered with what stands against them
         member, round_ = self._membership(job), job.round
         return round_ is None or round_.number != member.order.round or not member.may_count
@@ -235,7 +256,10 @@ class MemberRequests(GatewayRequests):
         member = self._membership(job)
         member.counting.pop(request.slot, None)
         if isinstance(answer, Counted) and answer.status == "ask-again":
-            member.ask_after = max(member.ask_after, answer.version)
+            if job.spec.shard_of:
+                member.ask_part_after[request.slot] = answer.version
+            else:
+                member.ask_after = max(member.ask_after, answer.version)
             self._count_later(connection, request, job)
             return
         verdict = self._verdict(request, job, round_, was_postponed, answer)
@@ -247,7 +271,7 @@ class MemberRequests(GatewayRequests):
 
     def _count_later(self, connection: GatewayConnection, request: Commit, job: Job) -> None:
         """Keep an update that cannot be counted before another order comes."""
-        if connection.has_ended:
+        if connection.has_ended and not job.spec.shard_of:
             self._context.release(request.slot, request.generation, request.round)
         elif job.pools is None:
             connection.answer(_LEFT)
@@ -258,18 +282,45 @@ class MemberRequests(GatewayRequests):
 
     def _keep(self, connection: GatewayConnection, request: ToCoordinator) -> None:
         assert isinstance(request, Commit)
+        if self._is_shard(request.job):
+            self._supersede(request)
         self._postpone(connection, request)
         job = self._find(request.job)
         self._membership(job).has_postponed = True
         self._member.advance(job)
 
+    def _forget_postponed(self, connection: GatewayConnection) -> None:
+        """As `GatewayRequests._forget_postponed`, but for parts of updates: they may count by now with the others,
+        and are in their slots whoever has put them there."""
+        parts = {name: self._postponed.pop(name) for name in list(self._postponed) if self._is_shard(name)}
+        super()._forget_postponed(connection)
+        self._postponed |= parts
+
     def answer_postponed(self) -> None:
         """As `GatewayRequests.answer_postponed`."""
+        waiting = {name: self._split_off_parts(name) for name in self._postponed}
         for name in self._postponed:
             job = self._context.jobs.get(name)
-            if job is not None and job.member is not None and not self._is_closing(name):
+            if job is not None and job.member is not None and not self._is_closing(name) and not waiting[name]:
                 job.member.has_postponed = False
         super().answer_postponed()
+        for name, parts in waiting.items():
+            if parts:
+                self._postponed[name] = [*parts, *self._postponed.get(name, ())]
+
+    def _split_off_parts(self, name: str) -> list[tuple[GatewayConnection, Admit | Commit]]:
+        """Take out the parts of updates for a shard that wait for other parts: each for an order of its own."""
+        job = self._context.jobs.get(name)
+        if job is None or not job.spec.shard_of or job.status != "running" or job.pools is None:
+            return []
+        member = self._membership(job)
+        parts: list[tuple[GatewayConnection, Admit | Commit]] = []
+        others: list[tuple[GatewayConnection, Admit | Commit]] = []
+        for connection, request in self._postponed[name]:
+            waits = isinstance(request, Commit) and member.waits_for_parts(request.slot)
+            (parts if waits else others).append((connection, request))
+        self._postponed[name] = others
+        return parts
 
     def _verdict(
         self, request: Commit, job: Job, round_: Round, was_postponed: bool, answer: MemberAnswer
@@ -485,6 +536,8 @@ class MemberRequests(GatewayRequests):
 
     def _complete_state(self, connection: GatewayConnection, answer: MemberAnswer) -> None:
         """The cluster's state of a job with this node's part of it, which its gateways need."""
+        if isinstance(answer, JobState) and answer.spec.shards > 1:
+            answer = msgspec.structs.replace(answer, elsewhere=self._member.link.coordinator)
         job = self._context.jobs.get(answer.job) if isinstance(answer, JobState) else None
         if isinstance(answer, JobState) and job is not None:
             own = job.state(self._context.data_plane)

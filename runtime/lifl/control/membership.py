@@ -36,6 +36,8 @@ class Membership:
     """Updates wait here for the next buffer of an asynchronous job: its model is fetched for them."""
     ask_after: int = 0
     """Version of the order before which updates wait that came while a buffer was being closed."""
+    ask_part_after: dict[int, int] = field(default_factory=dict)
+    """Of a shard: version of the order before which a part of an update waits, by slot reference."""
     undelivered: int = 0
     """Partial aggregates that are here and of which the coordinator has not said that it knows."""
     is_used: bool = True
@@ -47,6 +49,10 @@ class Membership:
     def may_count(self) -> bool:
         """Whether the coordinator may be asked to count updates, as far as this node has heard."""
         return self.order.version >= self.ask_after and self.order.phase == "open"
+
+    def waits_for_parts(self, slot: int) -> bool:
+        """Whether it is too early to ask again about the part of an update in this slot."""
+        return self.order.version < self.ask_part_after.get(slot, 0)
 
     @property
     def wants_model(self) -> bool:
