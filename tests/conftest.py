@@ -24,6 +24,16 @@ def usable_data_planes() -> list[str]:
     return ["unix"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (`make test`), only unit tests run beside others.
+
+    The rest start nodes, load eBPF and make hosts, and look afterwards whether anything of that is left.
+    """
+    for item in items:
+        if not item.path.is_relative_to(ROOT / "tests" / "unit"):
+            item.add_marker(pytest.mark.xdist_group("nodes"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "data_plane" in metafunc.fixturenames:
         metafunc.parametrize("data_plane", usable_data_planes(), scope="session")

@@ -50,7 +50,7 @@ def create_job(cluster: Cluster, size: int, *, goal: int, node: int = 1, **spec:
 
     def create() -> None:
         with Client(cluster.url(node), JOB, "operator", retries=8) as client:
-            client.create_job(function="fedavg", goal=goal, precision="float64", **spec)
+            client.create_job(**{"function": "fedavg", "goal": goal, "precision": "float64", **spec})
             client.upload_model({"w": np.zeros(size, np.float32)})
 
     cluster.call(create)

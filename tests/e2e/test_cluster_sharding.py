@@ -145,6 +145,31 @@ def test_a_node_killed_in_the_round_has_it_done_anew_and_right(make_cluster: Cal
     assert all(np.array_equal(model, models[0]) for model in models)
 
 
+def test_a_server_optimiser_goes_on_in_shards_as_in_one_piece_after_a_home_has_died(
+    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+):
+    cluster = make_cluster(3)
+    models: dict[str, list[clients.Vector]] = {"whole": [], "cut": []}
+    for job, shards in (("whole", 1), ("cut", 2)):
+        monkeypatch.setattr(clients, "JOB", job)
+        clients.create_job(cluster, SIZE, goal=3, shards=shards, function="fedadam", durability="sync")
+        for number in (1, 2, 3):
+            up = [node for node in cluster.numbers if cluster.is_running(node)]
+            where = [(up[client % len(up)], client) for client in range(3)]
+            assert clients.submit_all(cluster, where, number, SIZE) == ["accepted"] * 3
+            models[job].append(clients.wait_for_model(cluster, up[0], number))
+            if (job, number) == ("cut", 2):  # the optimiser's arrays of this shard are at the coordinator
+                cluster.kill(int(nodes_of_shards(cluster, 2, 2)[0][1:]))
+                until(lambda: nodes_by_status(cluster).count("ready") == 2, what="the loss of the home")
+    assert not np.array_equal(models["whole"][0], models["whole"][2])
+    for whole, cut in zip(models["whole"], models["cut"], strict=True):
+        assert np.array_equal(whole, cut)
+
+
+def nodes_by_status(cluster: Cluster) -> list[str]:
+    return [node["status"] for node in cluster.nodes().values()]
+
+
 def test_a_part_that_waits_for_others_outlives_its_gateway(make_cluster: Callable[..., Cluster]):
     """Its client does not send it again: it is in its slot, and counts when the other part comes."""
     cluster = make_cluster(2, lease=5.0)

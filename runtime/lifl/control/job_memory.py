@@ -132,7 +132,8 @@ class JobMemory:
                     self._context.agent.drop_pool(info.pool)
             del self._being_made[job.spec.name]
             self._pools_in_use.discard(installation.pool)
-            self._end(job, installation.then, Problem(507, "no memory for the job's pool", done.error))
+            detail = f"{done.error}; a cluster can cut a large model over its nodes: create the job with shards"
+            self._end(job, installation.then, Problem(507, "no memory for the job's pool", detail))
             return
         received[made.kind] = fds[0]
         if len(received) == 2:
