@@ -329,6 +329,14 @@ def test_updates_for_another_round_are_late_or_early(cluster: PaperCluster) -> N
     assert cluster.send(node, PlaceUpdate(JOB, 1, "new")) == Placed("late", 2)
 
 
+def test_nobody_is_asked_for_the_optimisers_arrays_before_there_are_any(cluster: PaperCluster) -> None:
+    node = cluster.nodes["n0"]
+    cluster.send(node, FunctionFacts(FUNCTION, False, 2))
+    member = cluster.coordinator.members.node("n0")
+    assert cluster.job.order_for(member, "coordinator:9000").model_sources == ("coordinator:9000",)
+    assert cluster.job.order_for(member, "coordinator:9000").state_sources == ()
+
+
 def test_a_request_that_its_own_repetition_has_overtaken_counts_nothing_again(cluster: PaperCluster) -> None:
     node = cluster.nodes["n1"]
     order = node.order

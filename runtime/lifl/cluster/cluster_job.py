@@ -451,7 +451,7 @@ class ClusterJob:
         return (*addresses[:_MOST_SOURCES], *own)
 
     def _state_sources(self, own_address: str) -> tuple[str, ...]:
-        if not self.has_state:
+        if not self.has_state or self.model_round <= 1:  # the initial model comes without: it begins with zeros
             return ()
         maker = self.members.find(self.maker) if self.made_round == self.model_round else None
         addresses = [maker.registration.peer_address] if maker is not None and maker.is_member else []

@@ -288,6 +288,17 @@ class Job:
             return self.member.order.round
         return self.round.number if self.round else 0
 
+    @property
+    def public_round(self) -> int:
+        """The round that the newest model starts which clients may have.
+
+        In a cluster that has to be stored first for `durability: sync`, and the coordinator says when it is. Until
+        then it is here for the coordinator to fetch.
+        """
+        if self.member is not None and self.spec.durability == "sync":
+            return min(self.model_round, self.member.order.model_round)
+        return self.model_round
+
     def state(self, data_plane: str) -> JobState:
         """The job as the API shows it."""
         pools, layout = self.pools, self.layout
@@ -295,7 +306,7 @@ class Job:
             job=self.spec.name,
             status=self.status,
             round=self._open_round(),
-            model_round=self.model_round,
+            model_round=self.public_round,
             spec=self.spec,
             data_plane=data_plane,
             model_header_bytes=len(layout.header) if layout else 0,

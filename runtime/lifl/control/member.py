@@ -271,6 +271,7 @@ class Member:
         assert member is not None
         assert job.layout is not None
         member.held_round = max(member.held_round, order.model_round)
+        member.told_problem = ""
         member.received_bytes += job.layout.payload_bytes
         if not order.state_sources:
             member.held_state_round = order.model_round  # it begins with zeros, as the memory does
@@ -297,10 +298,22 @@ class Member:
             self._tell_prepared(job, problem)
             self.link.send(JobBroken(job.spec.name, order.attempt, problem.detail or problem.title))
             return
-        log.warning("job %s: %s: %s", job.spec.name, problem.title, problem.detail)
-        self._call_later(_RETRY_SECONDS, partial(self._try_again, job))
+        if member.told_problem != problem.detail:
+            member.told_problem = problem.detail
+            log.warning("job %s: %s: %s", job.spec.name, problem.title, problem.detail)
+        self._retry(job)
+
+    def _retry(self, job: Job) -> None:
+        """Go on in a moment; however many ask for that, once."""
+        member = job.member
+        assert member is not None
+        if not member.is_retrying:
+            member.is_retrying = True
+            self._call_later(_RETRY_SECONDS, partial(self._try_again, job))
 
     def _try_again(self, job: Job) -> None:
+        assert job.member is not None
+        job.member.is_retrying = False
         if self._context.jobs.get(job.spec.name) is job:
             self._prepare(job) if job.pools is None else self.advance(job)
 
@@ -519,7 +532,7 @@ class Member:
             log.warning("job %s: the model of round %d was not taken: %s", job.spec.name, round_.number, answer)
             round_.status = "closing"
             member.applied = ()
-            self._call_later(_RETRY_SECONDS, partial(self._try_again, job))
+            self._retry(job)
             return
         if job.pools is None or member.order.attempt != order.attempt:
             return

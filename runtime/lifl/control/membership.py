@@ -24,6 +24,10 @@ class Membership:
     """The same for the server optimiser's arrays."""
     is_fetching: bool = False
     """A model is on its way into memory, or the memory is being made."""
+    is_retrying: bool = False
+    """What could not be fetched will be asked for again in a moment."""
+    told_problem: str = ""
+    """Why it could not be fetched, as was written to the log."""
     is_offering: bool = False
     """The coordinator was told that the round's model is made, and has not answered."""
     applied: tuple[object, ...] = ()
