@@ -24,14 +24,13 @@ def usable_data_planes() -> list[str]:
     return ["unix"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """With several workers (`make test`), only unit tests run beside others.
 
     The rest start nodes, load eBPF and make hosts, and look afterwards whether anything of that is left.
     """
-    for item in items:
-        if not item.path.is_relative_to(ROOT / "tests" / "unit"):
-            item.add_marker(pytest.mark.xdist_group("nodes"))
+    if not item.path.is_relative_to(ROOT / "tests" / "unit"):
+        item.add_marker(pytest.mark.xdist_group("nodes"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
