@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.hosts import make_hosts as make_hosts
 
@@ -24,13 +26,19 @@ def usable_data_planes() -> list[str]:
     return ["unix"]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With several workers (`make test`), only unit tests run beside others.
+class _NodesInOneWorker(LoadScopeScheduling):
+    """Runs unit tests beside the others, and no two of these at the same time.
 
-    The rest start nodes, load eBPF and make hosts, and look afterwards whether anything of that is left.
+    They start nodes, load eBPF and make hosts, and look afterwards whether anything of that is left.
     """
-    if not item.path.is_relative_to(ROOT / "tests" / "unit"):
-        item.add_marker(pytest.mark.xdist_group("nodes"))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0] if nodeid.startswith("tests/unit/") else "nodes"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """What `make test`, which has two workers, distributes tests with."""
+    return _NodesInOneWorker(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
