@@ -27,13 +27,16 @@ def usable_data_planes() -> list[str]:
 
 
 class _NodesInOneWorker(LoadScopeScheduling):
-    """Runs unit tests beside the others, and no two of these at the same time.
+    """Runs tests of clusters, and then unit tests, beside the others.
 
-    They start nodes, load eBPF and make hosts, and look afterwards whether anything of that is left.
+    No two of the others run at the same time: they start nodes, load eBPF, and look afterwards whether anything of
+    that is left. Clusters have hosts of their own, and wait for leases most of the time.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid.partition("::")[0] if nodeid.startswith("tests/unit/") else "nodes"
+        if nodeid.startswith("tests/unit/"):
+            return nodeid.partition("::")[0]
+        return "clusters" if nodeid.startswith("tests/e2e/test_cluster") else "nodes"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:

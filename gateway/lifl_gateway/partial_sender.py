@@ -190,7 +190,8 @@ class PartialSender:
         if status not in ("accepted", "duplicate"):
             return f"{uplink.peer_address} says that it is {status}"
         self._metrics.partial_attempts.labels("sent").inc()
-        self._metrics.partial_bytes.labels("out").inc(uplink.nbytes)
+        if status == "accepted":  # of a duplicate no byte was sent
+            self._metrics.partial_bytes.labels("out").inc(uplink.nbytes)
         sent = PartialSent(uplink.job, uplink.round, uplink.attempt, uplink.epoch)
         self._coordinator.ask(sent, Acknowledged)
         return None

@@ -67,7 +67,7 @@ class Watch:
         os.environ[MARK] = self._mark
         os.environ["XDG_RUNTIME_DIR"] = str(self.runtime_base)
         self._shared_memory = _names("/dev/shm")
-        self._bpf, self._agents = _bpf_objects(), _agents()
+        self._bpf = _bpf_objects()
         gc.collect()
         self._descriptors = len(os.listdir("/proc/self/fd"))
         self._threads = threading.active_count()
@@ -109,7 +109,7 @@ class Watch:
         _settle("zombies", _zombie_children)
         _settle("runtime directories", lambda: [path.name for path in self.runtime_base.iterdir()])
         _settle("entries in /dev/shm", lambda: sorted(_names("/dev/shm") - self._shared_memory))
-        _settle("BPF objects", lambda: sorted(_unowned_bpf(self._bpf, self._agents)))
+        _settle("BPF objects", lambda: sorted(_unowned_bpf(self._bpf)))
         _settle("threads", lambda: threading.enumerate() if threading.active_count() > self._threads else [])
         gc.collect()
         _settle("file descriptors", self._more_descriptors)
@@ -164,24 +164,33 @@ def _bpf_objects() -> set[tuple[str, int]]:
         return set()
 
 
-def _agents() -> set[int]:
-    """Pids of all agents on this machine."""
+def _foreign_agents() -> set[int]:
+    """Pids of the agents on this machine that do not descend from this process."""
     found = set()
     for pid in _pids():
         with contextlib.suppress(OSError):
-            if b"lifl_gateway.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"lifl_gateway.agent" in Path(f"/proc/{pid}/cmdline").read_bytes() and not _descends(pid):
                 found.add(pid)
     return found
 
 
-def _unowned_bpf(before: set[tuple[str, int]], agents: set[int]) -> set[tuple[str, int]]:
+def _descends(pid: int) -> bool:
+    """Whether a process descends from this one."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+def _unowned_bpf(before: set[tuple[str, int]]) -> set[tuple[str, int]]:
     """BPF objects that came since then and that no process holds open.
 
-    An agent also has some to which it keeps no file descriptor. So nothing is said while an agent runs that was
-    not there before: it is another's, for those of this watch have ended.
+    An agent also has some to which it keeps no file descriptor. So nothing is said while an agent runs that this
+    process has not started: another worker's, perhaps. Those of this watch have ended.
     """
     new = _bpf_objects() - before
-    if not new or _agents() - agents:
+    if not new or _foreign_agents():
         return set()
     held = set()
     for pid in _pids():
