@@ -42,13 +42,15 @@ def test_a_round_over_three_nodes_makes_the_exact_mean_and_every_gateway_has_it(
         state = round_of(cluster, number)
         assert (state["nodes"], state["accepted"]) == (3, 9)
     sums = 3 * 2 * 8 * SIZE  # two nodes send theirs in each round
-    for direction in ("in", "out"):
-        series = f'lifl_gateway_partial_bytes_total{{direction="{direction}"}}'
-        assert sum(metric(cluster, node, series) for node in cluster.numbers) == sums
+    assert {way: sum(partial_bytes(cluster, n, way) for n in cluster.numbers) for way in ("in", "out")} == {
+        "in": sums,
+        "out": sums,
+    }
 
 
-def metric(cluster: Cluster, node: int, series: str) -> float:
-    """What a node's gateway tells Prometheus; 0 when it tells nothing of it."""
+def partial_bytes(cluster: Cluster, node: int, direction: str) -> float:
+    """Bytes of partial aggregates that a node's gateway tells Prometheus; 0 when it tells nothing of them."""
+    series = f'lifl_gateway_partial_bytes_total{{direction="{direction}"}}'
     import urllib.request
 
     def read() -> str:
