@@ -27,16 +27,16 @@ def usable_data_planes() -> list[str]:
 
 
 class _NodesInOneWorker(LoadScopeScheduling):
-    """Runs tests of clusters, and then unit tests, beside the others.
+    """Runs tests of clusters and benchmarks, and then unit tests, beside the others.
 
     No two of the others run at the same time: they start nodes, load eBPF, and look afterwards whether anything of
-    that is left. Clusters have hosts of their own, and wait for leases most of the time.
+    that is left. Clusters and benchmarks have network namespaces of their own, and wait most of the time.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith("tests/unit/"):
             return nodeid.partition("::")[0]
-        return "clusters" if nodeid.startswith("tests/e2e/test_cluster") else "nodes"
+        return "clusters" if nodeid.startswith(("tests/e2e/test_cluster", "tests/e2e/test_bench")) else "nodes"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:

@@ -248,7 +248,9 @@ class Platform:
         assert self.connection.endpoint is not None
         for message in self.connection.endpoint.receive():
             if message.kind == Kind.RELEASE:
-                _, index = split_slot_reference(message.slot)
+                pool, index = split_slot_reference(message.slot)
+                if pool != self.updates_pool:
+                    continue  # of a job that was deleted meanwhile
                 assert self.busy.get(index) == message.generation, "a slot was released that is not in use"
                 del self.busy[index]
 
