@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from lifl_bench.hosts import Hosts, why_no_clocks, why_not
+from lifl_ebpf.preflight import ebpf_reason
 
 
 def require_hosts() -> None:
@@ -20,7 +21,12 @@ def require_clocks() -> None:
     _require("hosts with clocks of their own", why_no_clocks())
 
 
-def _require(what: str, reason: str) -> None:
+def require_ebpf() -> None:
+    """Skip the test where eBPF is not permitted; under CI=true that is a failure."""
+    _require("the eBPF data plane", ebpf_reason())
+
+
+def _require(what: str, reason: str | None) -> None:
     if not reason:
         return
     if os.environ.get("CI") == "true":

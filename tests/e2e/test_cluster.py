@@ -9,6 +9,7 @@ import random
 import re
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 
@@ -51,7 +52,6 @@ def test_a_round_over_three_nodes_makes_the_exact_mean_and_every_gateway_has_it(
 def partial_bytes(cluster: Cluster, node: int, direction: str) -> float:
     """Bytes of partial aggregates that a node's gateway tells Prometheus; 0 when it tells nothing of them."""
     series = f'lifl_gateway_partial_bytes_total{{direction="{direction}"}}'
-    import urllib.request
 
     def read() -> str:
         with urllib.request.urlopen(cluster.url(node) + "/metrics", timeout=10) as answer:
@@ -385,8 +385,6 @@ def test_a_node_drained_in_a_round_finishes_it_and_gets_no_more(make_cluster: Ca
 
 
 def _post(url: str) -> None:
-    import urllib.request
-
     urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=10).close()
 
 

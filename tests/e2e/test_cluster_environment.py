@@ -20,11 +20,10 @@ from lifl.peer.security import Credentials
 from lifl_bench.cluster import Cluster
 from lifl_bench.hosts import Hosts
 from lifl_bench.processes import REPOSITORY
-from lifl_ebpf.preflight import ebpf_reason
 
 from tests.e2e import cluster_clients as clients
 from tests.e2e.cluster_state import accepted, job_state, spread, until
-from tests.hosts import require_clocks
+from tests.hosts import require_clocks, require_ebpf
 from tests.integration.peer_harness import Authority
 
 pytestmark = pytest.mark.timeout(120)
@@ -151,8 +150,7 @@ print(json.dumps([before, unused, row.last_nanoseconds, now, arrival_rate([row],
 @pytest.mark.parametrize("offset", [DAY, -1])
 def test_the_kernels_counters_are_told_in_the_clock_of_the_node(make_hosts: Callable[[int], Hosts], offset: int):
     require_clocks()
-    if reason := ebpf_reason():
-        pytest.skip(reason)
+    require_ebpf()
     host = make_hosts(1)["h1"]
     host.set_clock(offset)
     process = host.popen([sys.executable, "-c", _ROUTER], stdout=subprocess.PIPE, cwd=REPOSITORY)
