@@ -13,20 +13,21 @@ from lifl_ebpf.preflight import ebpf_reason
 
 def require_hosts() -> None:
     """Skip the test where there can be no hosts; under CI=true that is a failure."""
-    _require("hosts for the tests of many nodes", why_not())
+    require("hosts for the tests of many nodes", why_not())
 
 
 def require_clocks() -> None:
     """Skip the test where hosts can have no clocks of their own; under CI=true that is a failure."""
-    _require("hosts with clocks of their own", why_no_clocks())
+    require("hosts with clocks of their own", why_no_clocks())
 
 
 def require_ebpf() -> None:
     """Skip the test where eBPF is not permitted; under CI=true that is a failure."""
-    _require("the eBPF data plane", ebpf_reason())
+    require("the eBPF data plane", ebpf_reason())
 
 
-def _require(what: str, reason: str | None) -> None:
+def require(what: str, reason: str | None) -> None:
+    """Skip the test for this reason, if there is one; under CI=true, where set-up has brought everything, fail."""
     if not reason:
         return
     if os.environ.get("CI") == "true":

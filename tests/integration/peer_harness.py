@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from lifl.errors import Refused
 from lifl.peer.checksum import FileRange, Segment
 from lifl.peer.protocol import PartialOffer, PartialStatus, PullRequest
 from lifl.peer.security import Credentials
 from lifl.peer.server import PeerLimits, PeerServer
+
+from tests.hosts import require
 
 HEADER = b"\x08\0\0\0\0\0\0\0" + b'{"a":1} '
 NO_LINGER = struct.pack("ii", 1, 0)
@@ -232,8 +233,7 @@ class Authority:
     """A certificate authority that signs for nodes."""
 
     def __init__(self, directory: Path, name: str) -> None:
-        if shutil.which("openssl") is None:
-            pytest.skip("needs openssl to make certificates")
+        require("openssl for certificates", None if shutil.which("openssl") else "there is no openssl")
         self._directory = directory
         self._name = name
         self.certificate = directory / f"{name}.pem"
