@@ -311,6 +311,15 @@ def answer_on(channel: ControlChannel[Any]) -> Any:
     return message
 
 
+def until_it_waits(platform: Platform, commit: Commit) -> None:
+    """Wait until the coordinator has read a commit for which there is no buffer yet.
+
+    Without this a buffer could be open again by then: the commit would be counted at once, and its descriptor
+    would be for the gateway to send.
+    """
+    until(lambda: (commit.slot, commit.generation) in platform.ask(BusySlots(0)).keys, what="a commit that waits")
+
+
 def hold(platform: Platform, commit: Commit) -> None:
     """Take note that a slot is not free, though nobody has said so."""
     platform.busy[split_slot_reference(commit.slot)[1]] = commit.generation
@@ -330,7 +339,7 @@ def test_updates_that_come_while_a_buffer_is_closed_are_in_the_next(platform: Pl
         assert platform.ask(Admit("job", 2, "fifth", "id", platform.gateway)).status == "early"
         assert not any(is_answered(channel, 0.2) for channel in channels)
         # A gateway that asks now must not take its slot for a free one.
-        assert (commit.slot, commit.generation) in platform.ask(BusySlots(0)).keys
+        until_it_waits(platform, commit)
     # The descriptor of an update that has waited is the coordinator's to send.
     assert answer_on(channels[0]) == Verdict("accepted", 2)
     assert answer_on(channels[1]) == Verdict("open", 2)
@@ -349,6 +358,7 @@ def test_a_buffer_that_lost_an_update_while_it_was_closed_takes_one_that_has_wai
         commit = platform.fill_slot("third", update.tobytes(), 1, is_delta=True)
         hold(platform, commit)
         channel = ask_on(platform, commit)
+        until_it_waits(platform, commit)
         assert not is_answered(channel, 0.1)
     assert answer_on(channel) == Verdict("accepted", 1)
     buffers.count(update, 1)
@@ -365,6 +375,7 @@ def test_updates_that_wait_are_in_several_buffers_if_they_are_many(platform: Pla
             commit = platform.fill_slot(f"waits {client}", update.tobytes(), 1, is_delta=True)
             hold(platform, commit)
             channels.append(ask_on(platform, commit))
+            until_it_waits(platform, commit)
     verdicts = [answer_on(channel) for channel in channels]
     assert [(verdict.status, verdict.round) for verdict in verdicts] == [
         ("accepted", number) for number in (2, 2, 3, 3, 4)
