@@ -18,6 +18,7 @@ from typing import Final
 from lifl.agent_client import join
 from lifl.capabilities import drop_capabilities
 from lifl.errors import InvalidInput
+from lifl.logs import configure_logging, say
 from lifl.messages import Hello
 from lifl.peer.security import Credentials, is_loopback
 from lifl.process import end_with_supervisor
@@ -36,13 +37,13 @@ def main() -> int:
     """Run the process; returns its exit status."""
     end_with_supervisor()
     arguments = _parser().parse_args()
-    logging.basicConfig(stream=sys.stderr, format="gateway: %(message)s", level=logging.WARNING)
+    configure_logging("gateway", "gateway: %(message)s", logging.WARNING)
     try:
         options = _options(arguments)
         agent = str(arguments.runtime_directory / "agent.sock")
         gateway = Gateway(options, partial(join, agent, Hello("gateway", seat=options.seat), keep_fds=True))
     except (InvalidInput, OSError) as error:
-        print(f"gateway: {error}", file=sys.stderr)
+        say("gateway", str(error))
         return _CANNOT_START
     drop_capabilities()  # the port is bound, no thread is there yet, and the rest needs no privilege
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -51,7 +52,7 @@ def main() -> int:
     if gateway.wait_until_ready(REJOIN_SECONDS):
         print(json.dumps({"address": gateway.server.url, "peer_address": gateway.peers.address}), flush=True)
     elif not gateway.server.is_stopping:
-        print("gateway: the agent or the coordinator is not there", file=sys.stderr)
+        say("gateway", "the agent or the coordinator is not there")
         return 1
     gateway.serve()
     return 1 if gateway.has_failed else 0

@@ -6,6 +6,11 @@ It listens on `DIR/agent.sock` only, keeps CAP_BPF and CAP_NET_ADMIN (or nothing
 `lifl.messages`. It knows no jobs' rounds: what it is told about pools and workers it does. When it is ready it
 prints one line of JSON on standard output: `{"data_plane": ..., "reason": ..., "huge_pages": ...}`; `reason` says
 why the data plane is not eBPF and is empty otherwise.
+
+Where the other processes of the node run in containers of their own, `--node-user UID` admits coordinator and
+gateways and `--function-user UID` functions, which may be zygotes and workers and nothing else. No supervisor ends
+the agent there when the coordinator has gone, so it then begins anew by itself: everyone is disconnected and joins
+again.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import msgspec
 from lifl.capabilities import CAP_BPF, CAP_NET_ADMIN, drop_capabilities
 from lifl.control_channel import MAX_FDS, ControlChannel, close_fds, listen, peer_credentials
 from lifl.errors import LiflError, ProtocolError, Unavailable
+from lifl.logs import say
 from lifl.messages import (
     Allow,
     CreatePool,
@@ -87,9 +93,12 @@ class _Waiting:
 class Peer:
     """One connected process. `endpoint` is 0 until it has been admitted."""
 
-    def __init__(self, sock: socket.socket, pid: int) -> None:
+    def __init__(self, sock: socket.socket, pid: int, roles: frozenset[Role]) -> None:
         self.channel: ControlChannel[ToAgent] = ControlChannel(sock, ToAgent)
         self.pid = pid
+        """As the agent sees it; 0 if it does not, because the process has another PID namespace."""
+        self.roles = roles
+        """What the process may be."""
         self.endpoint = 0
         self.role: Role = "worker"
         self.hello = Hello("worker")
@@ -118,6 +127,29 @@ class Peer:
         return Left(self.endpoint, self.role, self.pid, hello.ticket, hello.seat, hello.function)
 
 
+class Users(NamedTuple):
+    """Who is admitted besides root and the agent's own user; None: nobody else."""
+
+    node: int | None = None
+    """User id of coordinator and gateways that run in another container."""
+    functions: int | None = None
+    """User id of functions: zygotes and workers."""
+
+    @property
+    def are_others(self) -> bool:
+        """Whether other users than the agent's own have to reach the socket."""
+        return self.node is not None or self.functions is not None
+
+    def roles_of(self, user: int) -> frozenset[Role]:
+        """What processes of this user may be."""
+        if user in (0, os.geteuid(), self.node):
+            return frozenset(("coordinator", "gateway", "zygote", "worker"))
+        return frozenset(("zygote", "worker")) if user == self.functions else frozenset()
+
+
+_ONLY_OWN: Final = Users()
+
+
 class _Ticket(NamedTuple):
     spec: WorkerSpec
     zygote: int
@@ -127,7 +159,17 @@ class _Ticket(NamedTuple):
 class Agent:
     """Serves the processes of one node; owns `router`, `factory` and `listener`, and works inside `poller`."""
 
-    def __init__(self, listener: socket.socket, router: Router, factory: PoolFactory, poller: Poller) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        router: Router,
+        factory: PoolFactory,
+        poller: Poller,
+        users: Users = _ONLY_OWN,
+    ) -> None:
+        self._users = users
+        self.was_left = False
+        """The coordinator has gone, and with it all that this agent was told; only where there are other users."""
         self._listener = listener
         self._router = router
         self._factory = factory
@@ -171,8 +213,8 @@ class Agent:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         pid, uid, _ = peer_credentials(sock)
-        peer = Peer(sock, pid)
-        if uid not in (0, os.geteuid()):
+        peer = Peer(sock, pid, self._users.roles_of(uid))
+        if not peer.roles:
             self._refuse(peer, f"user {uid} is not the user of this node")
             return
         if len(self._strangers) >= _MAX_STRANGERS:
@@ -223,10 +265,21 @@ class Agent:
             self._router.remove_endpoint(peer.endpoint)
         if peer is self._coordinator:
             self._coordinator = None
+            if self._users.are_others:
+                self.was_left = True
+                self._poller.stop()
         else:
             self._tell_left(peer.left())
         if peer.role == "zygote":
             self._cancel_tickets(peer.endpoint)
+            self._announce_other_zygote(peer.hello.function)
+
+    def _announce_other_zygote(self, function: str) -> None:
+        """Turn the coordinator to another zygote of a function that has lost one: a new pod beside the old one."""
+        zygotes = [peer for peer in self._peers.values() if peer.role == "zygote"]
+        others = [peer for peer in zygotes if peer.hello.function == function]
+        if others:
+            self._tell_left(others[-1].joined())
 
     def _cancel_tickets(self, zygote: int) -> None:
         """Report the workers that a dead zygote still owed; those that have joined are not among them."""
@@ -273,8 +326,11 @@ class Agent:
         if self._coordinator is not None:
             self._send(self._coordinator, message)
 
-    def _tell_left(self, message: Left) -> None:
-        """Report a death once the coordinator's socket holds all descriptors that were sent before it."""
+    def _tell_left(self, message: Left | Joined) -> None:
+        """Report a death, or who follows the dead.
+
+        Not before the coordinator's socket holds all descriptors that were sent until now.
+        """
         coordinator = self._coordinator
         if coordinator is None:
             return
@@ -301,7 +357,7 @@ class Agent:
         peer.channel.close()
 
     def _hello(self, peer: Peer, hello: Hello) -> None:
-        reason = self._why_not(hello)
+        reason = self._why_not(peer, hello)
         if reason:
             self._refuse(peer, reason)
             raise Unavailable(reason)
@@ -325,7 +381,9 @@ class Agent:
         self._welcome(peer, sockets)
         self._announce(peer)
 
-    def _why_not(self, hello: Hello) -> str:
+    def _why_not(self, peer: Peer, hello: Hello) -> str:
+        if hello.role not in peer.roles:
+            return f"a process of this user cannot be a {hello.role}"
         if hello.role == "worker" and hello.ticket not in self._tickets:
             return "this ticket was not handed out, or it was used before"
         if hello.role == "zygote" and not hello.function:
@@ -473,7 +531,8 @@ class Agent:
             if peer is None or peer.role != "worker":
                 continue  # it has just died: `Left` is on its way
             # A worker whose connection its zygote has made is known by the pid of that one, which must live.
-            if peer.stopping and all(other.pid != peer.pid for other in self._peers.values() if other is not peer):
+            others = [other.pid for other in self._peers.values() if other is not peer]
+            if peer.stopping and peer.pid > 0 and peer.pid not in others:
                 with contextlib.suppress(OSError):
                     os.kill(peer.pid, signal.SIGKILL)
             peer.stopping = True
@@ -527,13 +586,19 @@ def _open_router(choice: str, credit: int, poller: Poller) -> _Plane:
                 reason = str(error)
         if choice == "ebpf":
             raise LiflError(f"the eBPF data plane cannot be used: {reason}")
-        print(f"lifl agent: using the unix data plane, because {reason}", file=sys.stderr, flush=True)
+        say("agent", f"using the unix data plane, because {reason}")
     drop_capabilities()
     return _Plane(UnixRouter(poller, credit), reason)
 
 
-def serve(runtime_directory: Path, data_plane: str, credit: int, announce: Callable[[str], None]) -> None:
-    """Run an agent until SIGTERM or SIGINT.
+def serve(
+    runtime_directory: Path,
+    data_plane: str,
+    credit: int,
+    announce: Callable[[str], None],
+    users: Users = _ONLY_OWN,
+) -> bool:
+    """Run an agent until SIGTERM or SIGINT; returns whether it was left by its coordinator and has to begin anew.
 
     `announce` gets the line of JSON when the agent listens. Raises `LiflError` when the data plane that was
     asked for cannot be used.
@@ -548,9 +613,9 @@ def serve(runtime_directory: Path, data_plane: str, credit: int, announce: Calla
         undo.callback(signals.close)
         factory = PoolFactory()
         plane = _open_router(data_plane, credit, poller)
-        listener = listen(str(path), _BACKLOG)
+        listener = listen(str(path), _BACKLOG, mode=0o666 if users.are_others else 0o600)
         mark = path.stat().st_ino
-        agent = Agent(listener, plane.router, factory, poller)
+        agent = Agent(listener, plane.router, factory, poller, users)
         undo.callback(agent.close)
         undo.callback(_unlink, path, mark)
         announce(
@@ -563,6 +628,7 @@ def serve(runtime_directory: Path, data_plane: str, credit: int, announce: Calla
             )
         )
         poller.run()
+        return agent.was_left and not signals.received
 
 
 def _unlink(path: Path, mark: int) -> None:
@@ -580,19 +646,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--credit", type=int, default=DEFAULT_CREDIT, help="descriptors that may wait unread at one process"
     )
+    parser.add_argument("--node-user", type=int, metavar="UID", help="whose coordinator and gateways are admitted")
+    parser.add_argument("--function-user", type=int, metavar="UID", help="whose functions are admitted")
     options = parser.parse_args(arguments)
     if options.credit < MINIMUM_CREDIT:
         parser.error(f"--credit must be at least {MINIMUM_CREDIT}, one full send")
     end_with_supervisor()
+    users = Users(options.node_user, options.function_user)
     try:
-        serve(
+        while serve(
             options.runtime_directory,
             options.data_plane,
             options.credit,
             lambda line: print(line, flush=True),
-        )
+            users,
+        ):
+            say("agent", "the coordinator has gone; beginning anew")
     except (LiflError, OSError) as error:
-        print(f"lifl agent: {error}", file=sys.stderr)
+        say("agent", str(error))
         return 1
     return 0
 

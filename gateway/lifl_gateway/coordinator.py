@@ -24,6 +24,7 @@ from lifl.cluster.coordinator import LEASE_SECONDS, ClusterCoordinator
 from lifl.cluster.journal import Journal
 from lifl.cluster.service import ClusterService
 from lifl.errors import InvalidInput, LiflError
+from lifl.logs import configure_logging, say
 from lifl.peer.connection import split_address
 from lifl.peer.interruption import Interruption
 from lifl.peer.security import OPEN, Credentials, is_loopback
@@ -148,11 +149,11 @@ def main() -> int:
     """Run the process; returns its exit status."""
     end_with_supervisor()
     arguments = _parser().parse_args()
-    logging.basicConfig(stream=sys.stderr, format="coordinator: %(message)s", level=logging.WARNING)
+    configure_logging("coordinator", "coordinator: %(message)s", logging.WARNING)
     try:
         process = CoordinatorProcess(_options(arguments))
     except (LiflError, OSError) as error:
-        print(f"coordinator: {error}", file=sys.stderr)
+        say("coordinator", str(error))
         return _CANNOT_START
     drop_capabilities()
     for number in (signal.SIGTERM, signal.SIGINT):

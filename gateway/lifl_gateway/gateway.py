@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Final
 
 from lifl.agent_client import AgentConnection
 from lifl.errors import Unavailable
+from lifl.logs import say
 
 from lifl_gateway.app import Parts, create_app
 from lifl_gateway.coordinator_client import CoordinatorClient, JobBoard, Subscription
@@ -148,4 +148,4 @@ class Gateway:
             pause = _FIRST_PAUSE_SECONDS
             subscription.follow()
             if not (self._ended.is_set() or self.server.is_stopping):
-                print("gateway: lost the coordinator; connecting again", file=sys.stderr, flush=True)
+                say("gateway", "lost the coordinator; connecting again")

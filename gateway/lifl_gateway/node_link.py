@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import sys
 import threading
 import time
 import weakref
@@ -22,6 +21,7 @@ from lifl.control_channel import close_fds
 from lifl.descriptor import Descriptor, Kind
 from lifl.endpoint import Endpoint
 from lifl.errors import LiflError, Unavailable
+from lifl.logs import say
 from lifl.messages import BusySlots, JobState, PoolAdded, PoolDropped, PoolInfo, Slots, endpoint_role
 from lifl.pool import MappedPool
 from lifl.slot import PAGE, UpdateHeader, slot_reference, split_slot_reference
@@ -170,7 +170,7 @@ class NodeLink:
                 self._serve(connection)
             except (LiflError, OSError) as error:
                 if not self._is_stopping:
-                    print(f"gateway: lost the agent ({error}); joining again", file=sys.stderr, flush=True)
+                    say("gateway", f"lost the agent ({error}); joining again")
             finally:
                 self._leave(connection)
 
@@ -193,7 +193,7 @@ class NodeLink:
                 return self._join()
             except LiflError as error:
                 if time.monotonic() > deadline:
-                    print(f"gateway: cannot join the agent: {error}", file=sys.stderr, flush=True)
+                    say("gateway", f"cannot join the agent: {error}")
                     return None
             pause = self._pause(pause)
         return None

@@ -7,13 +7,13 @@ coordinator knows of it.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from typing import Final
 
 from lifl.errors import Busy, LiflError, ProtocolError
+from lifl.logs import say
 from lifl.messages import Acknowledged, DescribeUplink, PartialSent, Uplink
 from lifl.peer.checksum import FileRange
 from lifl.peer.client import Outgoing, push
@@ -160,7 +160,7 @@ class PartialSender:
         waiting.attempts += 1
         self._metrics.partial_attempts.labels("failed").inc()
         if waiting.attempts == _REPORTED_ATTEMPTS:
-            print(f"gateway: a partial aggregate is still not sent: {problem}", file=sys.stderr, flush=True)
+            say("gateway", f"a partial aggregate is still not sent: {problem}")
         waiting.postpone(wish)
         return False
 

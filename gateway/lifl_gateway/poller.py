@@ -69,12 +69,18 @@ class StopSignals:
 
     def __init__(self, poller: Poller, signals: Iterable[signal.Signals]) -> None:
         self._poller = poller
+        self.received = False
+        """Whether one of them has come."""
         self._read, self._write = socket.socketpair()
         self._read.setblocking(False)
         self._write.setblocking(False)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, self._ignore) for number in signals}
-        poller.register(self._read.fileno(), lambda _events: poller.stop())
+        poller.register(self._read.fileno(), self._stop)
+
+    def _stop(self, _events: int) -> None:
+        self.received = True
+        self._poller.stop()
 
     @staticmethod
     def _ignore(_number: int, _frame: FrameType | None) -> None:

@@ -8,13 +8,13 @@ read to be polite, no limit in time or size on a head.
 from __future__ import annotations
 
 import io
-import sys
 import time
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from lifl.errors import Refused
+from lifl.logs import say
 from werkzeug.serving import WSGIRequestHandler
 
 from lifl_gateway.http_head import MAX_HEAD_BYTES, HeadFacts, check_head
@@ -284,9 +284,7 @@ class RequestHandler(WSGIRequestHandler):
         if self.server.limits.access_log:
             line = ascii(self.requestline)[1:-1]
             milliseconds = (time.perf_counter() - self._started) * 1e3
-            print(
-                f'{self.address_string()} "{line}" {status[:3]} {milliseconds:.1f}ms', file=sys.stderr, flush=True
-            )
+            say("gateway", f'{self.address_string()} "{line}" {status[:3]} {milliseconds:.1f}ms')
 
     def log_message(self, format: str, *args: Any) -> None:
         """Drop the standard library's own messages."""

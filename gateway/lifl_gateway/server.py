@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from lifl.congestion import avoid_bbr
+from lifl.logs import report, say
 
 from lifl_gateway.problems import PROBLEM_JSON, encode_problem
 from lifl_gateway.request_handler import RequestHandler
@@ -155,11 +154,11 @@ class GatewayServer:
 
     def report(self, error: BaseException) -> None:
         """Write an unexpected error to standard error, never to a client."""
-        print("".join(traceback.format_exception(error)), file=sys.stderr, end="", flush=True)
+        report("gateway", error)
 
     def log(self, level: str, message: str, *args: object) -> None:
         """werkzeug's logging hook."""
-        print(f"{level}: {message % args if args else message}", file=sys.stderr, flush=True)
+        say("gateway", f"{level}: {message % args if args else message}")
 
     # --- stopping --------------------------------------------------------------------------------------------
 

@@ -126,12 +126,12 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def listen(path: str, backlog: int = 128) -> socket.socket:
-    """Bind and listen on a SEQPACKET socket at `path` (mode 0600), replacing a stale one."""
+def listen(path: str, backlog: int = 128, *, mode: int = 0o600) -> socket.socket:
+    """Bind and listen on a SEQPACKET socket at `path`, replacing a stale one."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.bind(path)
-    os.chmod(path, 0o600)
+    os.chmod(path, mode)
     sock.listen(backlog)
     return sock

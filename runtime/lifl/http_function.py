@@ -873,17 +873,27 @@ async def _receive_piece(receive: Receive) -> tuple[bytes, bool]:
 
 def serve(function: AggregatorFunction, binds: Sequence[str]) -> None:
     """Serve an aggregator on these addresses (`host:port`) until SIGINT or SIGTERM. Needs `lifl[http]`."""
+    asyncio.run(serve_instance(HttpFunction(function), binds))
+
+
+async def serve_instance(
+    instance: HttpFunction, binds: Sequence[str], server_log: logging.Logger | None = None
+) -> None:
+    """Serve an instance in the running event loop, as `serve` does. The server's own lines go to `server_log`."""
     from hypercorn.asyncio import serve as hypercorn_serve
     from hypercorn.config import Config
 
     config = Config()
     config.bind = list(binds)
     config.graceful_timeout = 10.0
-    instance = HttpFunction(function)
-    asyncio.run(hypercorn_serve(cast(Any, instance.handle), config, mode="asgi"))
+    if server_log is not None:
+        config.errorlog = server_log
+    await hypercorn_serve(cast(Any, instance.handle), config, mode="asgi")
 
 
-def _binds(environment: Mapping[str, str], host: str | None, port: int | None) -> list[str]:
+def listen_addresses(
+    environment: Mapping[str, str], host: str | None = None, port: int | None = None
+) -> list[str]:
     """Where to listen: arguments, else LISTEN_ADDRESS as func-python reads it, else ADDRESS and PORT."""
     listen = environment.get("LISTEN_ADDRESS", "")
     if host is None and port is None and listen:
@@ -903,7 +913,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         function = load_function(options.function, options.name)
         Aggregation(function, Settings.of(os.environ))
-        serve(function, _binds(os.environ, options.host, options.port))
+        serve(function, listen_addresses(os.environ, options.host, options.port))
     except (InvalidFunction, InvalidInput) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -28,6 +28,7 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from lifl.errors import InvalidInput, Unavailable
+from lifl.logs import say
 
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 8.0
@@ -39,7 +40,11 @@ _RUNTIME_PREFIX: Final = "lifl-"
 
 @dataclass
 class NodeOptions:
-    """What a node runs. `functions` maps the names that jobs use to files; port 0 means any free one."""
+    """What a node runs. `functions` maps the names that jobs use to files; port 0 means any free one.
+
+    With `agent_directory` the agent and the functions run elsewhere, in containers of their own; then `functions`,
+    `data_plane`, `default_function` and `start` are not used.
+    """
 
     functions: dict[str, Path]
     state_directory: Path
@@ -51,6 +56,8 @@ class NodeOptions:
     token_file: Path | None = None
     allow_anonymous: bool = False
     access_log: bool = False
+    agent_directory: Path | None = None
+    """Where the agent of another container has its socket; None: the node starts an agent."""
     start: Literal["fork", "spawn"] = "fork"
     """How workers come to be: forked from a zygote that has loaded the function, or each a fresh interpreter."""
     join: str = ""
@@ -138,7 +145,8 @@ class Node:
 
     def ready(self) -> NodeReady:
         """What the running processes have said of themselves."""
-        agent = self._children["agent"].ready
+        # An agent in another container tells the coordinator what carries descriptors, and no more.
+        agent = self._children["agent" if "agent" in self._children else "coordinator"].ready
         gateway = self._children["gateway-0"].ready
         return NodeReady(
             address=gateway["address"],
@@ -229,22 +237,20 @@ class Node:
         options, runtime = self.options, str(self._runtime_directory)
         state = str(options.state_directory)
         self._member_file.unlink(missing_ok=True)  # of gateways that are no more
-        agent = self._launch(
-            "agent",
-            ["-m", "lifl_gateway.agent", "--runtime-directory", runtime, "--data-plane", options.data_plane],
-        )
+        agent = self._start_agent()
         self._launch(
             "coordinator",
             [
                 *("-m", "lifl.control.coordinator", "--runtime-directory", runtime),
                 *("--state-directory", state, "--gateways", str(options.gateways)),
-                *("--functions", ",".join(options.functions)),
+                *(() if options.agent_directory else ("--functions", ",".join(options.functions))),
                 *self._membership(),
             ],
         )
         if options.default_function:
             self._launch_zygote(options.default_function)
-        self._await_ready(agent)
+        if agent is not None:
+            self._await_ready(agent)
         self._await_ready(self._children["coordinator"])
         port = options.port
         for seat in range(options.gateways):
@@ -257,6 +263,17 @@ class Node:
                 self._keep_peer_port(gateway)
         description = {"address": self._children["gateway-0"].ready["address"], "pid": os.getpid()}
         (options.state_directory / "run" / "node.json").write_text(json.dumps(description))
+
+    def _start_agent(self) -> _Child | None:
+        """Start the agent, unless there is one; then its socket is made to be found where ours would be."""
+        options, runtime = self.options, self._runtime_directory
+        if options.agent_directory is None:
+            words = ("--runtime-directory", str(runtime), "--data-plane", options.data_plane)
+            return self._launch("agent", ["-m", "lifl_gateway.agent", *words])
+        link = runtime / "agent.sock"
+        link.unlink(missing_ok=True)
+        link.symlink_to(options.agent_directory.absolute() / "agent.sock")
+        return None
 
     def _launch_gateway(self, seat: int, port: int) -> _Child:
         options = self.options
@@ -325,7 +342,7 @@ class Node:
 
     def _launch_zygote(self, function: str) -> None:
         name = f"zygote-{function}"
-        if name in self._children:
+        if name in self._children or self.options.agent_directory is not None:
             return
         file = self.options.functions.get(function)
         # A missing file is the zygote's to report: then the job's owner hears of it.
@@ -425,7 +442,7 @@ class Node:
         assert child.process is not None
         if self._stopping:
             return
-        print(f"lifl: {child.name} ended (status {child.process.returncode}); starting it again", file=sys.stderr)
+        say("node", f"{child.name} ended (status {child.process.returncode}); starting it again")
         if child.name == "coordinator":
             self._restart_node()
             return

@@ -24,6 +24,7 @@ from lifl.agent_client import complete_join
 from lifl.control_channel import ControlChannel
 from lifl.errors import InvalidFunction, Unavailable
 from lifl.function import AggregatorFunction, load_function
+from lifl.logs import configure_logging
 from lifl.messages import FromAgent
 from lifl.process import end_with_parent
 from lifl.worker import Worker
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--job", required=True)
     options = parser.parse_args()
     end_with_parent(options.zygote, signal.SIGKILL)
-    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
+    configure_logging("worker", LOG_FORMAT)
     channel: ControlChannel[FromAgent] = ControlChannel(socket.socket(fileno=options.channel), FromAgent)
     os.set_inheritable(options.channel, False)  # what the function starts must not keep the connection open
     channel.settimeout(_JOIN_SECONDS)

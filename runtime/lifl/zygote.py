@@ -2,7 +2,8 @@
 
     python -m lifl.zygote --runtime-directory DIR --name fedavg --file functions/fedavg.py [--start spawn]
 
-It stays single-threaded, so that a fork copies a whole process, and does nothing between forks. With
+It stays single-threaded, so that a fork copies a whole process, and does nothing between forks. It prints a line
+of JSON, {"joined": true} or {"joined": false}, when it has joined an agent and when it has lost it. With
 `--start spawn` it starts a fresh interpreter for each worker instead, as a platform without zygotes would: to
 compare the two.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import logging
 import os
 import select
@@ -31,6 +33,7 @@ from lifl.capabilities import drop_capabilities  # noqa: E402
 from lifl.control_channel import ControlChannel  # noqa: E402
 from lifl.errors import InvalidFunction, LiflError, Unavailable  # noqa: E402
 from lifl.function import AggregatorFunction  # noqa: E402
+from lifl.logs import configure_logging  # noqa: E402
 from lifl.messages import Fork, FromAgent, Hello, WorkerSpec  # noqa: E402
 from lifl.process import end_with_parent, end_with_supervisor  # noqa: E402
 from lifl.worker_process import LOG_FORMAT, load, serve, spawn  # noqa: E402
@@ -70,6 +73,7 @@ class Zygote:
                             self._reap(fd)
             except LiflError as error:
                 log.info("agent lost (%s); joining the new one", error)
+                _tell(joined=False)
                 self._poll.unregister(channel)
                 self._connection.close()
                 self._end_workers()
@@ -79,6 +83,7 @@ class Zygote:
         while True:
             try:
                 self._connection = join(self._agent_socket, self._hello)
+                _tell(joined=True)
                 return
             except Unavailable:
                 if time.monotonic() > end:
@@ -140,6 +145,12 @@ class Zygote:
             self._reap(pidfd)
 
 
+def _tell(*, joined: bool) -> None:
+    """Tell whoever started this process."""
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print(json.dumps({"joined": joined}), flush=True)
+
+
 def main() -> None:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(prog="python -m lifl.zygote", description=__doc__)
@@ -150,7 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     end_with_supervisor()
     drop_capabilities()
-    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
+    configure_logging("zygote", LOG_FORMAT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to handle
     forks = options.start == "fork"
     function = None

@@ -22,7 +22,7 @@ from cloudevents.core.v1.event import CloudEvent
 from lifl import InvalidInput, aggregator, load_function
 from lifl.aggregate import Aggregate, ModelUpdate
 from lifl.function import AggregatorFunction
-from lifl.http_function import MODEL, PARTIAL, UPDATE, HttpFunction, Settings, _binds, main
+from lifl.http_function import MODEL, PARTIAL, UPDATE, HttpFunction, Settings, listen_addresses, main
 from lifl.model_layout import plan_update
 from lifl.tensors import Encoder, split
 from numpy.typing import NDArray
@@ -532,10 +532,13 @@ def test_settings_have_defaults() -> None:
 
 
 def test_addresses_come_from_arguments_or_the_environment() -> None:
-    assert _binds({}, None, None) == ["127.0.0.1:8080"]
-    assert _binds({"PORT": "9", "ADDRESS": "0.0.0.0"}, None, None) == ["0.0.0.0:9"]
-    assert _binds({"LISTEN_ADDRESS": "[::]:8080,0.0.0.0:8080"}, None, None) == ["[::]:8080", "0.0.0.0:8080"]
-    assert _binds({"LISTEN_ADDRESS": "[::]:8080"}, "::1", 7) == ["[::1]:7"]
+    assert listen_addresses({}, None, None) == ["127.0.0.1:8080"]
+    assert listen_addresses({"PORT": "9", "ADDRESS": "0.0.0.0"}, None, None) == ["0.0.0.0:9"]
+    assert listen_addresses({"LISTEN_ADDRESS": "[::]:8080,0.0.0.0:8080"}, None, None) == [
+        "[::]:8080",
+        "0.0.0.0:8080",
+    ]
+    assert listen_addresses({"LISTEN_ADDRESS": "[::]:8080"}, "::1", 7) == ["[::1]:7"]
 
 
 def test_a_file_that_cannot_be_served_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

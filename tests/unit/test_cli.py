@@ -376,7 +376,7 @@ def stand_in_node(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     class NodeOptions:
         def __init__(self, **options: Any) -> None:
-            self.__dict__.update(options)
+            self.__dict__.update({"join": "", **options})
             happened["options"] = options
 
     class Node:

@@ -27,7 +27,7 @@ SUMMARIES = {
     "job": "Create, list, describe and cancel jobs",
     "status": "Show jobs and their rounds",
     "nodes": "Show the nodes of a cluster, and drain them",
-    "node": "Measure what this node can aggregate at once",
+    "node": "Measure this node, or run it without its agent",
     "bench": "Compare LIFL with a message broker and with gRPC",
     "simulate": "Simulate the rounds of a cluster",
     "doctor": "Show what this machine can do, and what it cannot and why",

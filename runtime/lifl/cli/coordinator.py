@@ -17,6 +17,7 @@ import click
 from lifl.cli.common import CommandError, normalise_url, note, output_option, print_json, program
 from lifl.cli.run import is_wildcard, parse_address
 from lifl.errors import Unavailable
+from lifl.logs import say
 from lifl.process import SUPERVISOR_VARIABLE
 
 DEFAULT_COORDINATOR = "127.0.0.1:7070"
@@ -177,12 +178,12 @@ def _keep_running(process: _Process) -> NoReturn:
     while True:
         status, lived = process.wait()
         pause = min(_LONGEST_PAUSE, max(0.1, pause * 2)) if lived < _QUICK_DEATH else 0.0
-        note(f"lifl: the coordinator ended (status {status}); starting it again")
+        say("node", f"the coordinator ended (status {status}); starting it again")
         time.sleep(pause)
         try:
             process.start()
         except Unavailable as error:
-            note(f"lifl: {error}")
+            say("node", str(error))
 
 
 class _Process:

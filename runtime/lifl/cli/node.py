@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lifl.cli.common import (
+    DEFAULT_ADDRESS,
     STATE_DIRECTORY,
     note,
     output_option,
@@ -17,6 +18,7 @@ from lifl.cli.common import (
     read_run_file,
     state_directory_option,
 )
+from lifl.cli.run import choose_address, gateway_options, member_options, membership_of, run_node
 from lifl.cli.tables import format_seconds, plain_table, show
 from lifl.errors import InvalidProject
 
@@ -28,13 +30,87 @@ if TYPE_CHECKING:
 
 @click.group("node")
 def command() -> None:
-    """Measure what this node can aggregate at once, for the placement in a cluster.
+    """Measure this node, or run it without its agent.
+
+    A coordinator places updates by what its nodes can aggregate at once; 'func node calibrate' finds that out. In
+    a container without privileges 'func node run' runs all of a node but its agent.
 
     \b
     Examples:
       func node calibrate
       func node calibrate --model 100MB --seconds 4
+      func node run --agent-directory /run/lifl --join http://lifl-coordinator:7070
     """
+
+
+@command.command("run")
+@click.option(
+    "--agent-directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    envvar="FUNC_AGENT_DIRECTORY",
+    help="Where the agent of the other container has its socket.",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    default=DEFAULT_ADDRESS,
+    envvar="FUNC_ADDRESS",
+    show_default=True,
+    help="Where to listen; port 0: any.",
+)
+@gateway_options
+@click.option(
+    "--state-directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    envvar="FUNC_STATE_DIRECTORY",
+    help="Where jobs and models are kept.",
+)
+@member_options
+@output_option
+def run(
+    agent_directory: Path,
+    address: str,
+    gateways: int,
+    state_directory: Path,
+    token_file: Path | None,
+    allow_anonymous: bool,
+    access_log: bool,
+    output: str,
+    **member: Any,
+) -> int:
+    """Run the part of a node that needs no privileges, until Ctrl-C.
+
+    These are its gateways, and what plans its aggregators. The agent, which needs CAP_BPF and CAP_NET_ADMIN, runs
+    in another container of the machine, and so does each function. They meet at the agent's socket. That is how
+    LIFL runs on Kubernetes; on a machine of your own use 'func run', which starts everything.
+
+    \b
+    Examples:
+      python3 -m lifl_gateway.agent --runtime-directory /run/lifl --node-user 65533 --function-user 65532
+      func node run --agent-directory /run/lifl --state-directory /var/lib/lifl
+      func node run --agent-directory /run/lifl --state-directory /var/lib/lifl \\
+          --join http://lifl-coordinator:7070 --address 10.0.0.7:8080 --token-file token
+    """
+    host, port = choose_address(address)
+    membership = membership_of(member, host)
+
+    from lifl.node import NodeOptions
+
+    options = NodeOptions(
+        functions={},
+        state_directory=state_directory.absolute(),
+        host=host,
+        port=port,
+        gateways=gateways,
+        agent_directory=agent_directory,
+        token_file=token_file.absolute() if token_file else None,
+        allow_anonymous=allow_anonymous,
+        access_log=access_log,
+        **membership,
+    )
+    return run_node(options, output)
 
 
 @command.command("calibrate")

@@ -6,7 +6,7 @@ import errno
 import ipaddress
 import socket
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import click
@@ -24,6 +24,9 @@ from lifl.cli.common import (
     state_directory_option,
 )
 from lifl.errors import Unavailable
+
+if TYPE_CHECKING:
+    from lifl.node import NodeOptions
 
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 _MEMBER_OPTIONS = (
@@ -58,8 +61,38 @@ _MEMBER_OPTIONS = (
 )
 
 
-def _member_options(command: Any) -> Any:
+_GATEWAY_OPTIONS = (
+    click.option(
+        "--gateways",
+        type=click.IntRange(1, 64),
+        default=1,
+        envvar="FUNC_GATEWAYS",
+        show_default=True,
+        help="Gateway processes that share the port.",
+    ),
+    click.option(
+        "--token-file", type=_FILE, envvar="FUNC_TOKEN_FILE", help="Clients show the bearer token in this file."
+    ),
+    click.option(
+        "--allow-anonymous",
+        is_flag=True,
+        envvar="FUNC_ALLOW_ANONYMOUS",
+        help="Accept clients without a token even where other machines can connect.",
+    ),
+    click.option("--access-log", is_flag=True, envvar="FUNC_ACCESS_LOG", help="Log every request on stderr."),
+)
+
+
+def member_options(command: Any) -> Any:
+    """The options of a member of a cluster; see `membership_of`."""
     for decorate in reversed(_MEMBER_OPTIONS):
+        command = decorate(command)
+    return command
+
+
+def gateway_options(command: Any) -> Any:
+    """`--gateways`, `--token-file`, `--allow-anonymous` and `--access-log`."""
+    for decorate in reversed(_GATEWAY_OPTIONS):
         command = decorate(command)
     return command
 
@@ -71,14 +104,6 @@ def _member_options(command: Any) -> Any:
     metavar="HOST:PORT",
     envvar="FUNC_ADDRESS",
     help=f"Where to listen; port 0: any. [default: {DEFAULT_ADDRESS}, or a free port if that is taken]",
-)
-@click.option(
-    "--gateways",
-    type=click.IntRange(1, 64),
-    default=1,
-    envvar="FUNC_GATEWAYS",
-    show_default=True,
-    help="Gateway processes that share the port.",
 )
 @click.option(
     "--data-plane",
@@ -98,20 +123,8 @@ def _member_options(command: Any) -> Any:
     help="How workers start: forked with the function loaded, or each a fresh interpreter (to compare).",
 )
 @state_directory_option
-@click.option(
-    "--token-file",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    envvar="FUNC_TOKEN_FILE",
-    help="Clients have to show the bearer token in this file.",
-)
-@click.option(
-    "--allow-anonymous",
-    is_flag=True,
-    envvar="FUNC_ALLOW_ANONYMOUS",
-    help="Accept clients without a token even where other machines can connect.",
-)
-@click.option("--access-log", is_flag=True, envvar="FUNC_ACCESS_LOG", help="Log every request on stderr.")
-@_member_options
+@gateway_options
+@member_options
 @output_option
 def command(
     path: Path,
@@ -147,26 +160,32 @@ def command(
     for warning in project.warnings:
         note(f"Warning: {warning}")
     host, port = choose_address(address)
-    membership = _membership(member, host)
+    membership = membership_of(member, host)
 
-    from lifl.node import Node, NodeOptions
+    from lifl.node import NodeOptions
 
-    node = Node(
-        NodeOptions(
-            functions=dict(project.functions),
-            state_directory=(state_directory or project.directory / STATE_DIRECTORY).absolute(),
-            host=host,
-            port=port,
-            gateways=gateways,
-            data_plane=data_plane,
-            default_function=project.function,
-            token_file=token_file.absolute() if token_file else None,
-            allow_anonymous=allow_anonymous,
-            access_log=access_log,
-            start=start,
-            **membership,
-        )
+    options = NodeOptions(
+        functions=dict(project.functions),
+        state_directory=(state_directory or project.directory / STATE_DIRECTORY).absolute(),
+        host=host,
+        port=port,
+        gateways=gateways,
+        data_plane=data_plane,
+        default_function=project.function,
+        token_file=token_file.absolute() if token_file else None,
+        allow_anonymous=allow_anonymous,
+        access_log=access_log,
+        start=start,
+        **membership,
     )
+    return run_node(options, output)
+
+
+def run_node(options: NodeOptions, output: str) -> int:
+    """Run a node until it is interrupted, and say where it listens; returns the exit code."""
+    from lifl.node import Node
+
+    node = Node(options)
     try:
         ready = node.start()  # stops by itself what it has started, if it fails
     except Unavailable as error:
@@ -176,23 +195,23 @@ def command(
     try:
         listening = ready.address.removeprefix("http://").rstrip("/")
         note(f"Function running on {listening}")
-        chosen_because = f" ({ready.reason})" if data_plane == "auto" and ready.reason else ""
+        chosen_because = f" ({ready.reason})" if options.data_plane == "auto" and ready.reason else ""
         note(f"Data plane: {ready.data_plane}{chosen_because}")
-        if membership:
-            note(f"Node {membership['name']} of the cluster of {membership['join']}")
+        if options.join:
+            note(f"Node {options.name} of the cluster of {options.join}")
         if output == "json":
             actual_host, actual_port = parse_address(listening)
             document = {"address": listening, "host": actual_host, "port": actual_port}
             document |= {"data_plane": ready.data_plane}
-            if membership:
-                document |= {"name": membership["name"], "peer_address": ready.peer_address}
+            if options.join:
+                document |= {"name": options.name, "peer_address": ready.peer_address}
             print_json(document)
         return node.wait()
     finally:
         node.stop()
 
 
-def _membership(member: dict[str, Any], host: str) -> dict[str, Any]:
+def membership_of(member: dict[str, Any], host: str) -> dict[str, Any]:
     """The options of a member that were given, with defaults for the others; empty for a node on its own."""
     given = {name: value for name, value in member.items() if value is not None}
     if "join" not in given:

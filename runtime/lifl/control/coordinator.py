@@ -3,8 +3,8 @@
     python -m lifl.control.coordinator --runtime-directory DIR --state-directory DIR
 
 It answers the gateways on `coordinator.sock`, exchanges descriptors with gateways and workers, and keeps the
-journal. It prints JSON lines for its supervisor: {"ready": true} and {"zygote": "function"} when a function is
-needed for the first time.
+journal. It prints JSON lines for its supervisor: {"ready": true, "data_plane": "ebpf"} and {"zygote": "function"}
+when a function is needed for the first time.
 
 Here are the loop, its timers, the connection to the agent and the restart from the journal. The rest:
 
@@ -25,7 +25,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +54,7 @@ from lifl.control.supervisor import tell_supervisor
 from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds, listen
 from lifl.errors import LiflError, ProtocolError, Refused, Unavailable
+from lifl.logs import configure_logging
 from lifl.messages import Done, Hello, Joined, Left, Problem
 from lifl.process import end_with_supervisor
 
@@ -147,7 +147,7 @@ class Coordinator:
         path = str(self._context.runtime_directory / "coordinator.sock")
         gateways = GatewayConnections(self._selector, self._requests.answer, self._requests.connection_ended)
         gateways.serve(listen(path))
-        tell_supervisor({"ready": True})
+        tell_supervisor({"ready": True, "data_plane": self._context.data_plane})
         while not self._stopping:
             for key, _ in self._selector.select(self._seconds_to_next_timer()):
                 key.data()
@@ -351,9 +351,7 @@ def main() -> None:
     options = parser.parse_args()
     end_with_supervisor()
     drop_capabilities()
-    logging.basicConfig(
-        format="%(asctime)s coordinator %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr
-    )
+    configure_logging("coordinator", "%(asctime)s coordinator %(levelname)s %(message)s")
     functions = None if options.functions is None else frozenset(options.functions.split(","))
     context = Context(
         options.runtime_directory, options.state_directory, options.gateways, options.cores, functions

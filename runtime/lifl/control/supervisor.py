@@ -7,5 +7,5 @@ from typing import Any
 
 
 def tell_supervisor(message: dict[str, Any]) -> None:
-    """Print one line: {"ready": true}, or {"zygote": NAME} when a function is needed for the first time."""
+    """Print one line: {"ready": true, "data_plane": "ebpf"}, or {"zygote": NAME} if a function is needed."""
     print(json.dumps(message), flush=True)

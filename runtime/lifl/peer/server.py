@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from lifl.congestion import avoid_bbr
 from lifl.errors import Busy, LiflError, ProtocolError, Refused, Unavailable
+from lifl.logs import report
 from lifl.messages import Message, Problem
 from lifl.peer.checksum import PIECE_BYTES, Segment, SegmentsChecksum, segment_bytes
 from lifl.peer.connection import Connection, join_address
@@ -183,7 +182,7 @@ class PeerServer:
         except (PeerGone, TooSlow, ProtocolError):
             return
         except Exception as error:
-            print("".join(traceback.format_exception(error)), file=sys.stderr, end="", flush=True)
+            report("peers", error)
         finally:
             self._forget(connection)
 
