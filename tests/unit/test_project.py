@@ -115,10 +115,10 @@ def test_unknown_fields_are_warnings_with_their_line_and_a_suggestion(project: P
 
 
 def test_items_of_lists_are_looked_into(project: Path) -> None:
-    write(project, GOOD + "run:\n  envs:\n  - name: A\n    valu: b\n")
+    write(project, GOOD + "run:\n  envs:\n  - name: A\n    value: c\n    valu: b\n")
 
     assert load_project(project).warnings == (
-        'line 12: unknown field "run.envs.valu" is ignored; did you mean "value"?',
+        'line 13: unknown field "run.envs[0].valu" is ignored; did you mean "value"?',
     )
 
 
@@ -131,21 +131,21 @@ def test_annotations_of_others_are_nobodys_business(project: Path) -> None:
 def test_all_problems_are_reported_at_once(project: Path) -> None:
     write(
         project,
-        "specVersion: new\nname: My_Function\nruntime: go\ninvoke: http\n"
-        "deploy: {annotations: {lifl.dev/function: functions/none.py, example.com/count: 1}}\n",
+        "specVersion: new\nname: My_Function\nruntime: go\ninvoke: grpc\n"
+        "deploy: {annotations: {lifl.dev/function: functions/none.py, example.com/owners: [a]}}\n",
     )
 
     lines = problems_of(project)
 
     assert lines[0] == f"'{project / 'func.yaml'}' contains errors:"
-    assert [line.strip().split(":")[0] for line in lines[1:]] == [
-        "specVersion",
+    assert sorted(line.strip().split(":")[0] for line in lines[1:]) == [
+        "created",
+        "deploy.annotations",
+        "deploy.annotations",
+        "invoke",
         "name",
         "runtime",
-        "created",
-        "invoke",
-        "deploy.annotations",
-        "deploy.annotations",
+        "specVersion",
     ]
 
 

@@ -31,7 +31,7 @@ def command(verbose: bool, output: str) -> None:
         except PackageNotFoundError:
             return None
 
-    from lifl.project import SPEC_VERSION
+    from lifl.func_yaml.config import SPEC_VERSION
 
     facts = {"version": f"v{find('lifl') or '0.0.0'}", "func_yaml": SPEC_VERSION}
     if verbose or output == "json":
