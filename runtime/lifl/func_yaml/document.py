@@ -14,10 +14,11 @@ from typing import Any
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from lifl.errors import InvalidProject
+from lifl.func_yaml import layout
 from lifl.func_yaml.config import SPEC_VERSION, FunctionConfig
 from lifl.func_yaml.migrations import Version, migrate
 from lifl.func_yaml.reading import Findings, read_config
-from lifl.func_yaml.text import InvalidYaml, Style, is_null, line_of, parse, render, tree_of
+from lifl.func_yaml.text import InvalidYaml, is_null, line_of, parse, render, tree_of
 from lifl.func_yaml.validation import problems_of
 
 FILE_NAME = "func.yaml"
@@ -76,13 +77,14 @@ class Document:
         """Give a field such as `deploy.namespace` a value; what is there already is replaced."""
 
         def edit() -> None:
-            *sections, name = field.split(".")
             node = self._tree
-            for section in sections:
-                if not isinstance(node.get(section), CommentedMap):
-                    _put(node, section, CommentedMap())
-                node = node[section]
-            _put(node, name, tree_of(value))
+            first, *others = field.split(".")
+            while others and isinstance(node.get(first), CommentedMap) and node[first]:
+                node, first, *others = node[first], *others
+            whole: object = value
+            for name in reversed(others):
+                whole = {name: whole}
+            self._put(node, first, tree_of(whole))
 
         self._edit(edit)
 
@@ -90,17 +92,16 @@ class Document:
         """Take a field out, and the sections that hold nothing but it; nothing happens if it is not there."""
 
         def edit() -> None:
-            parents: list[tuple[Any, str]] = []
+            path: list[tuple[CommentedMap, str]] = []
             node: Any = self._tree
             for name in field.split("."):
                 if not isinstance(node, CommentedMap) or name not in node:
                     return
-                parents.append((node, name))
+                path.append((node, name))
                 node = node[name]
-            for parent, name in reversed(parents):
-                _remove(parent, name)
-                if parent:
-                    break
+            while len(path) > 1 and len(path[-1][0]) == 1:
+                path.pop()
+            layout.remove(*path[-1])
 
         self._edit(edit)
 
@@ -110,7 +111,7 @@ class Document:
         def edit() -> None:
             items = self._find(field)
             if isinstance(items, CommentedSeq) and items:
-                _append(items, tree_of(item))
+                layout.append(items, tree_of(item))
             else:
                 self.set(field, [item])
                 self._edits.pop()
@@ -123,7 +124,7 @@ class Document:
         def edit() -> None:
             for item in self._items(field, match):
                 for name, value in values.items():
-                    _put(item, name, tree_of(value))
+                    layout.put(item, name, tree_of(value))
 
         self._edit(edit)
 
@@ -131,12 +132,13 @@ class Document:
         """Take the items that equal `match` in its fields out of a list; nothing happens if there are none."""
 
         def edit() -> None:
-            items = self._find(field)
-            for item in self._items(field, match):
-                _remove_item(items, next(index for index, other in enumerate(items) if other is item))
-            if isinstance(items, CommentedSeq) and not items:
+            items, matching = self._find(field), self._items(field, match)
+            if matching and len(matching) == len(items):
                 self.clear(field)
                 self._edits.pop()
+                return
+            for item in matching:
+                layout.remove(items, next(index for index, other in enumerate(items) if other is item))
 
         self._edit(edit)
 
@@ -169,6 +171,9 @@ class Document:
         self._edits.append(edit)
         edit()
         self._examine()
+
+    def _put(self, node: CommentedMap, name: str, value: Any) -> None:
+        (layout.put_at_top if node is self._tree else layout.put)(node, name, value)
 
     def _find(self, field: str) -> Any:
         node: Any = self._tree
@@ -231,8 +236,8 @@ class Document:
             migrate(self._tree, version)
             if version < _CREATION_STAMPED and is_null(self._tree.get("created")):
                 stamp = datetime.fromtimestamp(self.file.stat().st_mtime, UTC)
-                self._tree["created"] = stamp.strftime("%Y-%m-%dT%H:%M:%SZ")
-            _put(self._tree, "specVersion", SPEC_VERSION)
+                layout.put_at_top(self._tree, "created", stamp.strftime("%Y-%m-%dT%H:%M:%SZ"))
+            layout.put_at_top(self._tree, "specVersion", SPEC_VERSION)
 
     def _examine(self) -> None:
         """Take `config`, `problems` and `warnings` from the tree as it is now."""
@@ -273,22 +278,3 @@ def write_atomically(file: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
-
-
-def _put(node: CommentedMap, name: str, value: Any) -> None:
-    node[name] = value
-
-
-def _remove(node: CommentedMap, name: str) -> None:
-    del node[name]
-
-
-def _append(items: CommentedSeq, item: Any) -> None:
-    items.append(item)
-
-
-def _remove_item(items: CommentedSeq, index: int) -> None:
-    del items[index]
-
-
-__all__ = ["FILE_NAME", "Document", "Style", "raise_for", "write_atomically"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ruamel.yaml.comments import CommentedMap
 
+from lifl.func_yaml import layout
 from lifl.func_yaml.text import is_null
 
 Version = tuple[int, int, int]
@@ -31,32 +32,35 @@ def migrate(tree: CommentedMap, version: Version) -> None:
 
 def _drop_version(tree: CommentedMap) -> None:
     """Before specVersion the field was called version; `builders` listed images to choose from."""
-    tree.pop("version", None)
-    tree.pop("builders", None)
+    _drop(tree, "version")
+    _drop(tree, "builders")
 
 
 def _name_builder_image(tree: CommentedMap) -> None:
     """`builder` was the image of the only builder there was."""
-    image = tree.pop("builder", None)
-    if not is_null(image):
-        tree.setdefault("builderImages", CommentedMap()).setdefault("pack", image)
+    image = _drop(tree, "builder")
+    if is_null(image) or image == "":
+        return
+    if not isinstance(tree.get("builderImages"), CommentedMap):
+        layout.put(tree, "builderImages", CommentedMap())
+    tree["builderImages"].setdefault("pack", image)
 
 
 def _make_sections(tree: CommentedMap) -> None:
     """All fields were at the top; `build` said where to build, which is no setting any more."""
     for section, fields in _MOVED.items():
         if section in tree and not isinstance(tree[section], CommentedMap):
-            del tree[section]
+            layout.remove(tree, section)
         for field in fields:
             _move(tree, field, section, field)
     _move(tree, "builder", "build", "builder")
 
 
 def _flatten_invocation(tree: CommentedMap) -> None:
-    invocation = tree.pop("invocation", None)
+    invocation = _drop(tree, "invocation")
     form = invocation.get("format") if isinstance(invocation, CommentedMap) else None
-    if not is_null(form) and form != "http":
-        tree.setdefault("invoke", form)
+    if not is_null(form) and "invoke" not in tree:
+        layout.put_at_top(tree, "invoke", form)
 
 
 def _spell_claim(tree: CommentedMap) -> None:
@@ -65,19 +69,23 @@ def _spell_claim(tree: CommentedMap) -> None:
     volumes = run.get("volumes") if isinstance(run, CommentedMap) else None
     for volume in volumes if isinstance(volumes, list) else ():
         if isinstance(volume, CommentedMap) and "presistentVolumeClaim" in volume:
-            volume["persistentVolumeClaim"] = volume.pop("presistentVolumeClaim")
+            layout.put(volume, "persistentVolumeClaim", layout.take_out(volume, "presistentVolumeClaim"))
+
+
+def _drop(tree: CommentedMap, field: str) -> Any:
+    return layout.take_out(tree, field) if field in tree else None
 
 
 def _move(tree: CommentedMap, field: str, section: str, name: str) -> None:
     if field not in tree:
         return
-    comment = tree.ca.items.pop(field, None)
-    value: Any = tree.pop(field)
+    value: Any = layout.take_out(tree, field)
     if is_null(value) or value in ("", [], {}):
         return
-    target = tree.setdefault(section, CommentedMap())
-    if target.setdefault(name, value) is value and comment is not None:
-        target.ca.items[name] = comment
+    if section not in tree:
+        layout.put_at_top(tree, section, CommentedMap())
+    if name not in tree[section]:
+        layout.put(tree[section], name, value)
 
 
 _STEPS: tuple[tuple[Version, Callable[[CommentedMap], None]], ...] = (
