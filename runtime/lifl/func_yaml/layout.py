@@ -63,7 +63,7 @@ def append(items: CommentedSeq, item: Any) -> None:
 
 def remove(node: _Node, key: Any) -> None:
     """Take a field or an item out, with the comment on its own line."""
-    tail = _take_tail(node, key)
+    tail = _before(node, key) + _take_tail(node, key)
     keys = _keys(node)
     place = keys.index(key)
     del node[key]
@@ -132,6 +132,12 @@ def _give_tail(node: _Node, key: Any, tail: str) -> None:
     else:
         text = tail if _is_block(node[key]) else f"\n{tail}"
         tokens[slot] = CommentToken(text, CommentMark(0), None)
+
+
+def _before(node: _Node, key: Any) -> str:
+    """What `_put_before` put before a field or item."""
+    tokens = (node.ca.items.get(key) or [None, None])[1] or []
+    return "".join(f"{' ' * token.column}{token.value}" for token in tokens)
 
 
 def _put_before(node: _Node, tail: str) -> None:
