@@ -5,6 +5,7 @@ LiflError
 |   |-- InvalidModel        safetensors bytes that break the format or the job's model
 |   |-- InvalidFunction     a function file that cannot be loaded
 |   `-- InvalidProject      a func.yaml that cannot be used
+|       `-- MissingProject  there is no func.yaml
 |-- Refused                 the platform said no; `status` and `detail` say why (RFC 9457)
 |   `-- Busy                the same request may succeed after `retry_after` seconds
 |-- Unavailable             nobody answered: not started, or gone
@@ -32,6 +33,10 @@ class InvalidFunction(InvalidInput):
 
 class InvalidProject(InvalidInput):
     """A func.yaml that is missing or unusable."""
+
+
+class MissingProject(InvalidProject):
+    """There is no func.yaml where one was looked for."""
 
 
 class Refused(LiflError):

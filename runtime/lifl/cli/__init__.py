@@ -18,9 +18,10 @@ from typing import NoReturn
 import click
 
 from lifl.cli.common import CommandError
-from lifl.errors import InvalidProject, LiflError, Refused, Unavailable
+from lifl.errors import LiflError, MissingProject, Refused, Unavailable
 
 SUMMARIES = {
+    "create": "Create a function project",
     "run": "Run the function project on this machine",
     "coordinator": "Run the coordinator of a cluster",
     "invoke": "Send a model update to a job",
@@ -30,10 +31,18 @@ SUMMARIES = {
     "node": "Measure this node, or run it without its agent",
     "bench": "Compare LIFL with a message broker and with gRPC",
     "simulate": "Simulate the rounds of a cluster",
+    "config": "Show and change the function's environment, labels and volumes",
+    "subscribe": "Subscribe the function to the events of a broker",
+    "languages": "List the languages of functions",
+    "templates": "List the templates of 'func create'",
     "doctor": "Show what this machine can do, and what it cannot and why",
     "version": "Print the version",
+    "completion": "Print a script that completes commands and options in a shell",
 }
 """The commands, in the order in which they are listed, and what `--help` says of each."""
+
+ALIASES = {"init": "create", "info": "describe", "desc": "describe", "ls": "list", "rm": "delete"}
+"""Other names that Knative's func has for commands; they are not listed."""
 
 _ELSEWHERE = {"bench": "lifl_bench.command", "simulate": "lifl_bench.simulation.command"}
 """Modules of commands that are not part of `lifl.cli`, which does not depend on them."""
@@ -54,6 +63,7 @@ class _LazyGroup(click.Group):
         return list(SUMMARIES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        cmd_name = ALIASES.get(cmd_name, cmd_name)
         if cmd_name not in SUMMARIES:
             return None
         module = _ELSEWHERE.get(cmd_name, f"lifl.cli.{cmd_name}")
@@ -151,8 +161,11 @@ def _hints_for(error: Exception, func: str) -> list[tuple[str, str]]:
             ]
         case Refused(status=404):
             return [(f"{func} status", "the jobs that exist")]
-        case InvalidProject():
-            return [(f"{func} run --path DIRECTORY", "name the directory of the project")]
+        case MissingProject():
+            return [
+                (f"{func} COMMAND --path DIRECTORY", "name the directory of the project"),
+                (f"{func} create PATH", "make a new one"),
+            ]
         case _:
             return []
 

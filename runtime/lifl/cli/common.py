@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import click
 
@@ -45,20 +45,37 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, default=str))
 
 
+def print_yaml(value: object) -> None:
+    """One YAML document on stdout, of mappings, lists and plain values."""
+    from lifl.func_yaml.text import Style, render, tree_of
+
+    click.echo(render(tree_of(value), Style()), nl=False)
+
+
 # --- options -------------------------------------------------------------------------------------------------
 
 
-def output_option(command: _Command) -> _Command:
-    """`-o human|json`, as `output`."""
+@overload
+def output_option(command: _Command, /) -> _Command: ...
+
+
+@overload
+def output_option(*formats: str) -> Callable[[_Command], _Command]: ...
+
+
+def output_option(*arguments: Any) -> Any:
+    """`-o human|json`, or other formats with the first as default, as `output`; used bare or with the formats."""
+    if callable(arguments[0]):
+        return output_option("human", "json")(arguments[0])
     return click.option(
         "-o",
         "--output",
-        type=click.Choice(["human", "json"]),
-        default="human",
+        type=click.Choice(arguments),
+        default=arguments[0],
         envvar="FUNC_OUTPUT",
         show_default=True,
         help="Format of what is printed on stdout.",
-    )(command)
+    )
 
 
 def path_option(command: _Command) -> _Command:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,11 +155,14 @@ def command(
       func run -o json                           # one line for programs: where it listens
       func run --join http://10.0.0.1:7070 --address 10.0.0.7:8080 --token-file token
     """
+    from lifl.func_yaml.expressions import local_environment
     from lifl.project import load_project
 
     project = load_project(path)
     for warning in project.warnings:
         note(f"Warning: {warning}")
+    # Every process of the node takes them from this one's environment.
+    os.environ.update(local_environment(project.config.run.envs, os.environ))
     host, port = choose_address(address)
     membership = membership_of(member, host)
 

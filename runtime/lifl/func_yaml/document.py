@@ -13,7 +13,7 @@ from typing import Any
 
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from lifl.errors import InvalidProject
+from lifl.errors import InvalidProject, MissingProject
 from lifl.func_yaml import layout
 from lifl.func_yaml.config import SPEC_VERSION, FunctionConfig
 from lifl.func_yaml.migrations import Version, migrate
@@ -208,7 +208,7 @@ class Document:
             with file.open("rb") as stream:
                 data = stream.read(_SIZE_LIMIT + 1)
         except (FileNotFoundError, NotADirectoryError):
-            raise InvalidProject(f"no function project in '{file.parent}': there is no {FILE_NAME}") from None
+            raise MissingProject(f"no function project in '{file.parent}': there is no {FILE_NAME}") from None
         except OSError as error:
             raise InvalidProject(f"'{file}' cannot be read: {error.strerror}") from None
         if len(data) > _SIZE_LIMIT:
