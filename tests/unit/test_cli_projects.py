@@ -296,6 +296,26 @@ def test_the_project_is_found_by_the_path_of_either_the_group_or_the_command(
     assert "func create PATH" in run("config", "envs", code=1)[1]
 
 
+def test_a_run_asks_for_every_variable_that_is_missing(run: Any, config: Any) -> None:
+    for name in ("A", "B"):
+        run("config", "envs", "add", "--name", name, "--value", f"{{{{ env:LIFL_TEST_{name} }}}}")
+
+    _, err = run("run", code=1)
+
+    assert "the environment variable 'LIFL_TEST_A', which func.yaml asks for" in err
+    assert "the environment variable 'LIFL_TEST_B', which func.yaml asks for" in err
+
+
+def test_a_project_in_another_language_can_be_changed_but_not_run(run: Any, config: Any) -> None:
+    text = Path("func.yaml").read_text()
+    Path("func.yaml").write_text(text.replace("runtime: python", "runtime: go"))
+
+    run("config", "envs", "add", "--name", "A", "--value", "1")
+
+    assert config().runtime == "go"
+    assert "\truntime: 'go' is not supported; LIFL runs 'python'" in run("run", code=1)[1]
+
+
 # --- subscribe -----------------------------------------------------------------------------------------------
 
 
