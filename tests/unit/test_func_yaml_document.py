@@ -274,3 +274,28 @@ def test_any_text_is_read_again_as_it_was_written(project: Path, values: list[st
     ]
     places = [content(project).index(comment) for comment in comments]
     assert places == sorted(places)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    position=st.integers(0, len(TEXT) - 1),
+    removed=st.integers(0, 20),
+    inserted=st.sampled_from(
+        ["&x ", "*x", "<<: *x\n", "!t ", "? [a]\n: b\n", "[", "}", "- ", "\n---\n", "\x00", "~", ".inf"]
+    ),
+)
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(
+    project: Path, position: int, removed: int, inserted: str
+) -> None:
+    text = TEXT[:position] + inserted + TEXT[position + removed :]
+    (project / "func.yaml").write_text(text, encoding="utf-8")
+    try:
+        document = Document.read(project)
+        document.append("run.envs", {"name": "ADDED", "value": "1"})
+        document.set("deploy.namespace", "team")
+        document.remove("run.envs", {"name": "GOAL"})
+        document.save()
+    except InvalidProject:
+        return
+
+    assert Document.load(project).config == document.config
