@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lifl.client import Client
-from lifl.errors import Refused, Unavailable
+from lifl.errors import Busy, Refused, Unavailable
 from lifl.shards import read_shards, split_update
 from lifl.tensors import Encoder, split
 from lifl_bench.cluster import Cluster
@@ -179,8 +179,13 @@ def test_a_part_that_waits_for_others_outlives_its_gateway(make_cluster: Callabl
     parts = [b"".join(part) for part in split_update(*split(whole), shards)]
 
     def send(index: int) -> str:
-        with Client(cluster.url(1), shards[index].job, "c7", retries=0) as sender:
-            return sender.submit(parts[index], num_samples=clients.samples(7), round=1).status
+        """No retries: they would hide the loss. But nobody has taken it while no node has loaded the function."""
+        while True:
+            with Client(cluster.url(1), shards[index].job, "c7", retries=0) as sender:
+                try:
+                    return sender.submit(parts[index], num_samples=clients.samples(7), round=1).status
+                except Busy as error:
+                    time.sleep(error.retry_after or 0.1)
 
     def send_and_lose() -> None:
         with pytest.raises(Unavailable):
