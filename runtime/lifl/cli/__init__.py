@@ -29,6 +29,7 @@ SUMMARIES = {
     "status": "Show jobs and their rounds",
     "nodes": "Show the nodes of a cluster, and drain them",
     "node": "Measure this node, or run it without its agent",
+    "platform": "Install LIFL in a Kubernetes cluster, look at it, remove it",
     "bench": "Compare LIFL with a message broker and with gRPC",
     "simulate": "Simulate the rounds of a cluster",
     "config": "Show and change the function's environment, labels and volumes",
@@ -44,7 +45,11 @@ SUMMARIES = {
 ALIASES = {"init": "create", "info": "describe", "desc": "describe", "ls": "list", "rm": "delete"}
 """Other names that Knative's func has for commands; they are not listed."""
 
-_ELSEWHERE = {"bench": "lifl_bench.command", "simulate": "lifl_bench.simulation.command"}
+_ELSEWHERE = {
+    "bench": "lifl_bench.command",
+    "platform": "lifl_knative.platform_command",
+    "simulate": "lifl_bench.simulation.command",
+}
 """Modules of commands that are not part of `lifl.cli`, which does not depend on them."""
 
 EXIT_ERROR = 1
