@@ -60,7 +60,8 @@ def problems(obj: dict[str, Any]) -> list[tuple[str, str]]:
     """
     schema = schemas()[obj["apiVersion"], obj["kind"]]
     metadata = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    return list(_check(obj, {**schema, "properties": {**schema["properties"], "metadata": metadata}}, ""))
+    always = {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": metadata}
+    return list(_check(obj, {**schema, "properties": {**schema["properties"], **always}}, ""))
 
 
 def _check(value: Any, schema: dict[str, Any], where: str) -> Iterator[tuple[str, str]]:
