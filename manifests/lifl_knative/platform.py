@@ -126,11 +126,11 @@ def _tokens() -> dict[str, str]:
     return {"tokens": text, "operator": operator}
 
 
-_GENERATED: Final[Mapping[str, Callable[[], dict[str, str]]]] = {
+GENERATED_SECRETS: Final[Mapping[str, Callable[[], dict[str, str]]]] = {
     "lifl-tokens": _tokens,
     "lifl-member-token": lambda: {"token": secrets.token_urlsafe(32)},
 }
-"""Content of the Secrets that are made when they are missing."""
+"""Makes the content of each Secret that is made when it is missing."""
 
 
 def _check_secrets(cluster: Cluster, objects: Sequence[Object]) -> None:
@@ -162,7 +162,9 @@ def _make_secrets(cluster: Cluster, objects: Sequence[Object], note: Note) -> No
             "kind": "Secret",
             "metadata": {"name": name, "namespace": namespace, "labels": labels},
             "type": "Opaque",
-            "data": {key: base64.b64encode(value.encode()).decode() for key, value in _GENERATED[name]().items()},
+            "data": {
+                key: base64.b64encode(value.encode()).decode() for key, value in GENERATED_SECRETS[name]().items()
+            },
         }
         try:
             cluster.create(secret)
