@@ -45,9 +45,11 @@ class Installation:
         """What it consists of, but for Secrets, which are made in the cluster."""
         objects = platform_objects(self.overlay, self.components, self.image or None)
         for obj in objects:
+            metadata = obj["metadata"]
+            # An overlay labels its own objects; what a component brings belongs to it as well.
+            obj["metadata"] = metadata | {"labels": metadata["labels"] | {OVERLAY: self.overlay}}
             if obj["kind"] == "Namespace":
-                annotations = {_COMPONENTS: ",".join(self.components), _IMAGE: self.image}
-                obj["metadata"] = {**obj["metadata"], "annotations": annotations}
+                obj["metadata"]["annotations"] = {_COMPONENTS: ",".join(self.components), _IMAGE: self.image}
         return objects
 
 
