@@ -66,6 +66,10 @@ _KINDS: dict[str, dict[str, tuple[str, bool]]] = {
     "policy/v1": {"PodDisruptionBudget": ("poddisruptionbudgets", True)},
     "coordination.k8s.io/v1": {"Lease": ("leases", True)},
     "events.k8s.io/v1": {"Event": ("events", True)},
+    "admissionregistration.k8s.io/v1": {
+        "ValidatingAdmissionPolicy": ("validatingadmissionpolicies", False),
+        "ValidatingAdmissionPolicyBinding": ("validatingadmissionpolicybindings", False),
+    },
     "scheduling.k8s.io/v1": {"PriorityClass": ("priorityclasses", False)},
     "authorization.k8s.io/v1": {"SelfSubjectAccessReview": ("selfsubjectaccessreviews", False)},
     "apiextensions.k8s.io/v1": {"CustomResourceDefinition": ("customresourcedefinitions", False)},

@@ -245,7 +245,7 @@ def labelled_objects(cluster: Cluster, namespace: str) -> list[Object]:
         if kind == "Secret":  # made, not applied: without the label
             continue
         try:
-            objects = cluster.list(api_version, kind, "*" if kind == "Broker" else namespace, SELECTOR)
+            objects = cluster.list(api_version, kind, namespace, SELECTOR)
         except MissingKind:
             continue
         found += [obj for obj in objects if obj["metadata"].get("labels", {}).get(OVERLAY) in overlays]

@@ -34,9 +34,9 @@ KINDS: Final = (
     ("scheduling.k8s.io/v1", "PriorityClass"),
     ("rbac.authorization.k8s.io/v1", "ClusterRole"),
     ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding"),
+    ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy"),
+    ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding"),
     ("v1", "ServiceAccount"),
-    ("rbac.authorization.k8s.io/v1", "Role"),
-    ("rbac.authorization.k8s.io/v1", "RoleBinding"),
     ("v1", "Secret"),
     ("v1", "ConfigMap"),
     ("v1", "PersistentVolumeClaim"),
@@ -46,7 +46,6 @@ KINDS: Final = (
     ("apps/v1", "StatefulSet"),
     ("apps/v1", "Deployment"),
     ("apps/v1", "DaemonSet"),
-    ("eventing.knative.dev/v1", "Broker"),
     ("monitoring.coreos.com/v1", "ServiceMonitor"),
 )
 """In the order in which they are applied: what others refer to comes first."""

@@ -296,7 +296,7 @@ def test_a_dry_run_needs_no_cluster_when_the_overlay_is_named(
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
     outcome = run("install", "--dry-run", "client", "--overlay", "broker-baseline", "-o", "json")
-    assert {obj["kind"] for obj in json.loads(outcome.out)} >= {"StatefulSet", "Broker"}
+    assert {obj["kind"] for obj in json.loads(outcome.out)} >= {"StatefulSet", "ConfigMap"}
     assert run("install").err.startswith("Error: no cluster is known")
 
 
@@ -315,7 +315,11 @@ def test_monitors_come_where_the_cluster_knows_them_and_go_when_they_are_not_wan
     api.kinds["monitoring.coreos.com/v1"] = {"ServiceMonitor": ("servicemonitors", True)}
     run_workloads(api, "n1")
     run("install")
-    assert names(api, "monitoring.coreos.com/v1", "ServiceMonitor") == ["lifl-coordinator", "lifl-gateway"]
+    assert names(api, "monitoring.coreos.com/v1", "ServiceMonitor") == [
+        "lifl-autoscaler",
+        "lifl-coordinator",
+        "lifl-gateway",
+    ]
     outcome = run("install", "--component", "none")
     assert outcome.code == 0, outcome.err
     assert names(api, "monitoring.coreos.com/v1", "ServiceMonitor") == []
@@ -329,20 +333,10 @@ def test_the_broker_baseline_is_beside_the_platform(api: KubernetesApi, run: Run
     assert run("install", "--overlay", "broker-baseline").code == 0
     assert names(api, "apps/v1", "StatefulSet") == ["nats"]
     assert names(api, "apps/v1", "DaemonSet") == ["lifl-node"]
-    assert names(api, "eventing.knative.dev/v1", "Broker") == ["default"]
     assert [found["overlay"] for found in json.loads(run("status", "-o", "json").out)] == [
         "single-node",
         "broker-baseline",
     ]
-
-
-def test_the_broker_baseline_without_knative_eventing_says_what_to_install(api: KubernetesApi, run: Run) -> None:
-    api.remove_group("eventing.knative.dev")
-    run_workloads(api, "n1")
-    outcome = run("install", "--overlay", "broker-baseline")
-    assert outcome.code == 1
-    assert "Knative Eventing is not installed" in outcome.err
-    assert "missing: Broker default" in outcome.err
 
 
 @pytest.mark.parametrize(

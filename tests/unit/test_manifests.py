@@ -30,6 +30,7 @@ from lifl_knative.platform_manifests import (
     secrets_of,
     version_of,
 )
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import knative_schema
@@ -268,15 +269,10 @@ def test_each_container_has_bounds_and_no_privilege_but_the_agents_two(
 
 
 @pytest.mark.parametrize(("spec", "container"), containers())
-def test_each_container_that_others_wait_for_has_a_readiness_probe(
-    spec: dict[str, Any], container: dict[str, Any]
-) -> None:
-    if container.get("ports"):
-        assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
-    elif container["name"] == "agent":
-        assert {"startupProbe", "readinessProbe"} <= set(container)
-    else:
-        assert container["name"] == "autoscaler"  # serves nobody
+def test_each_container_is_probed(spec: dict[str, Any], container: dict[str, Any]) -> None:
+    probes = {"startupProbe", "readinessProbe"}
+    assert probes <= set(container)
+    assert ("livenessProbe" in container) is bool(container.get("ports"))
 
 
 def test_without_a_component_even_the_agent_is_under_the_default_seccomp_profile() -> None:
@@ -319,7 +315,20 @@ def test_no_role_has_a_wildcard_or_reads_secrets_of_everybody() -> None:
                     assert "*" not in words
     roles = {obj["metadata"]["name"]: obj for obj in objects_of("production") if obj["kind"] == "ClusterRole"}
     granted = {resource for rule in roles["lifl-autoscaler"]["rules"] for resource in rule["resources"]}
-    assert not granted & {"secrets", "pods", "configmaps", "nodes"}
+    assert not granted & {"secrets", "configmaps", "nodes", "pods/exec"}
+    by_verb = [rule["resources"] for rule in roles["lifl-autoscaler"]["rules"] if "delete" in rule["verbs"]]
+    assert by_verb == []
+
+
+def test_what_the_autoscaler_may_change_of_pods_is_confined_by_a_policy() -> None:
+    for overlay in ("single-node", "production"):
+        found = {obj["kind"]: obj for obj in objects_of(overlay) if obj["apiVersion"].startswith("admission")}
+        policy = found["ValidatingAdmissionPolicy"]["spec"]
+        account = "system:serviceaccount:lifl-system:lifl-autoscaler"
+        assert policy["matchConditions"][0]["expression"] == f'request.userInfo.username == "{account}"'
+        assert policy["validations"][0]["expression"] == "object.spec == oldObject.spec"
+        binding = found["ValidatingAdmissionPolicyBinding"]
+        assert binding["spec"]["policyName"] == found["ValidatingAdmissionPolicy"]["metadata"]["name"]
 
 
 def test_everything_in_the_namespace_is_denied_unless_a_policy_allows_it() -> None:
@@ -354,24 +363,44 @@ def exported_metrics(directory: Path) -> set[str]:
         texts = [gateway.render().decode(), coordinator.render().decode()]
     finally:
         cluster.close()
+    return sample_names(*texts)
+
+
+def sample_names(*texts: str) -> set[str]:
+    """Names of LIFL's samples in what Prometheus reads, also of those that have no value yet."""
     suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
     return {
         family.name + suffix
         for text in texts
         for family in text_string_to_metric_families(text)
         for suffix in suffixes[family.type]
-        if family.name.startswith("lifl_")
+        if family.name.startswith("lifl_") and not family.name.endswith("_created")
     }
 
 
-def test_the_dashboard_shows_metrics_that_exist_and_leaves_none_out(tmp_path: Path) -> None:
+def shown_metrics() -> set[str]:
+    """Names of the samples that the dashboard asks for."""
     text = (manifests_directory() / "components/observability/dashboard.json").read_text()
     expressions = [target["expr"] for panel in json.loads(text)["panels"] for target in panel.get("targets", ())]
-    shown = {name for expression in expressions for name in re.findall(r"lifl_\w+", expression)}
+    return {name for expression in expressions for name in re.findall(r"lifl_\w+", expression)}
+
+
+def is_of_autoscaler(name: str) -> bool:
+    return name.startswith("lifl_autoscaler_")
+
+
+def test_the_dashboard_shows_metrics_that_exist_and_leaves_none_out(tmp_path: Path) -> None:
+    shown = {name for name in shown_metrics() if not is_of_autoscaler(name)}
     exported = exported_metrics(tmp_path)
     assert shown <= exported
-    helpers = {name for name in exported if name.endswith(("_count", "_sum", "_created"))}
+    helpers = {name for name in exported if name.endswith(("_count", "_sum"))}
     assert exported - shown <= helpers
+
+
+def test_the_dashboard_shows_the_autoscalers_metrics() -> None:
+    monitor = pytest.importorskip("lifl_knative.autoscaler.monitor")
+    exported = sample_names(generate_latest(monitor.Metrics().registry).decode())
+    assert {name for name in shown_metrics() if is_of_autoscaler(name)} == exported
 
 
 def test_the_dashboard_is_in_the_cluster_as_it_is_in_the_file() -> None:

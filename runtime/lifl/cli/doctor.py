@@ -38,7 +38,7 @@ _MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "missing": "[red]miss
 def command(
     of_cluster: bool, kubeconfig: Path | None, context: str | None, namespace: str | None, output: str
 ) -> int:
-    """Show what this machine can do, or a cluster with --cluster, and what it cannot and why.
+    """Show what this machine can do, and what it cannot and why; or a cluster, with --cluster.
 
     Looks only; changes nothing. The exit code is 1 if something is missing that LIFL cannot do without.
 
