@@ -73,7 +73,9 @@ class Cluster:
         from kubernetes.client.rest import RESTClientObject
 
         self.context = access.context
-        self.namespace = namespace or access.namespace
+        self.context_namespace = access.namespace
+        """What the kubeconfig's context says; None if it says nothing."""
+        self.namespace = namespace or access.namespace or "default"
         self.kubectl = access.kubectl
         self.server = str(access.configuration.host).rstrip("/")
         self._configuration = access.configuration

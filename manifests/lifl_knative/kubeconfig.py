@@ -27,8 +27,8 @@ class Access:
     configuration: Configuration
     """The client's: address, TLS, credentials."""
     context: str
-    namespace: str
-    """That of the context; `default` if it names none."""
+    namespace: str | None
+    """That of the context, if it names one."""
     kubectl: str
     """`kubectl` with the options that make it use the same cluster, for messages."""
 
@@ -99,8 +99,8 @@ def _from_files(files: list[Path], kubeconfig: Path | None, context: str | None)
         ) from None
     options = f" --kubeconfig {kubeconfig}" if kubeconfig else ""
     options += f" --context {context}" if context else ""
-    namespace = str(contexts[chosen].get("namespace") or "default")
-    return Access(configuration, chosen, namespace, f"kubectl{options}")
+    namespace = contexts[chosen].get("namespace")
+    return Access(configuration, chosen, str(namespace) if namespace else None, f"kubectl{options}")
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -168,4 +168,4 @@ def _from_pod(context: str | None) -> Access:
             f"the service account of this pod cannot be used: {error}",
             [("kubectl get pod NAME -o yaml", "whether automountServiceAccountToken is off")],
         ) from None
-    return Access(configuration, IN_CLUSTER, namespace or "default", "kubectl")
+    return Access(configuration, IN_CLUSTER, namespace or None, "kubectl")
