@@ -922,6 +922,8 @@ class KnativeController:
             ],
             "latestCreatedRevisionName": revision,
         }
+        served = {"url", "address", "latestReadyRevisionName"}  # by the revision before, if there is one
+        status |= {key: value for key, value in (service.get("status") or {}).items() if key in served}
         if not self.failure:
             status["latestReadyRevisionName"] = revision
             status["url"] = f"http://{name}.{namespace}.example.com"

@@ -282,7 +282,8 @@ class Cluster:
         version: str,
         deadline: float | None,
     ) -> Iterator[Object]:
-        limit = _WATCH_S if deadline is None else max(1, min(_WATCH_S, round(deadline - time.monotonic() + 0.5)))
+        left = _WATCH_S if deadline is None else min(_WATCH_S, deadline - time.monotonic())
+        limit = max(1, round(left))
         query = {
             "watch": "true",
             "resourceVersion": version,
@@ -292,7 +293,8 @@ class Cluster:
         }
         request = self._request(resource, "watch", namespace, name or "")
         path = _path(resource, namespace) + "?" + urlencode(query)
-        read_s = limit + CONNECT_TIMEOUT_S if deadline is None else max(0.05, deadline - time.monotonic())
+        # The server ends it in time, so that the connection can be used again, but for less than a second.
+        read_s = limit + CONNECT_TIMEOUT_S if left >= 1 else max(0.05, left)
         response = self._send("GET", path, request, read_s=read_s)
         try:
             for line in self._lines(response, request, deadline):

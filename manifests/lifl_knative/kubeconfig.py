@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,11 @@ def find_access(kubeconfig: Path | None, context: str | None) -> Access:
     Looks into `kubeconfig`, else the files KUBECONFIG names (the first that has a name wins), else ~/.kube/config,
     else takes the account of the pod this runs in. Raises NoCluster, with what to do.
     """
+    if importlib.util.find_spec("kubernetes") is None:
+        raise NoCluster(
+            "the Python package 'kubernetes', by which clusters are asked, is not installed",
+            [("pip install 'lifl[knative]'", "install LIFL with it")],
+        )
     files = _kubeconfig_files(kubeconfig)
     existing = [file for file in files if file.is_file()]
     if existing:

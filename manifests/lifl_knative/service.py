@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lifl.func_yaml.config import ANNOTATION_PREFIX, Env, FunctionConfig, Volume
+from lifl.func_yaml.config import ANNOTATION_PREFIX, ROUTE_ANNOTATION, Env, FunctionConfig, Volume
 from lifl.func_yaml.expressions import (
     ConfigMapReference,
     LocalVariable,
@@ -26,9 +26,11 @@ AGENT_DIRECTORY = "/run/lifl"
 AUTOSCALER_CLASS = "plan.autoscaling.lifl.dev"
 """The coordinator's plan sets the number of pods, not requests in progress."""
 AUTOSCALING = "autoscaling.knative.dev/"
-ROUTE_ANNOTATION = "lifl.dev/route"
 NAME_LABEL = "function.knative.dev/name"
+FUNCTION_NAME_ANNOTATION = "lifl.dev/function-name"
+"""Of a revision, and so of its PodAutoscaler: by which name the coordinator's plan knows the function."""
 FUNCTION_USER = 65532
+_CONTENT_ANNOTATION = "lifl.dev/image-content"
 PORT = 8080
 
 Route = Literal["lifl", "broker"]
@@ -48,6 +50,8 @@ class Deployment:
     route: Route = "lifl"
     function: str = ""
     """The name by which jobs call the function; empty: that of its file."""
+    image_content: str = ""
+    """Tells one content of `image` from another where it is not pinned: another one makes a new revision."""
     is_plan_scaled: bool = False
     """Whether the coordinator's plan sets the scale; else Knative's own autoscaler does."""
     least_pods: int | None = None
@@ -74,7 +78,9 @@ def make_service(deployment: Deployment) -> Object:
             "labels": labels,
             "annotations": own,
         },
-        "spec": {"template": {"metadata": {"labels": labels, "annotations": revision}, "spec": _pod(deployment)}},
+        "spec": {
+            "template": {"metadata": {"labels": dict(labels), "annotations": revision}, "spec": _pod(deployment)}
+        },
     }
 
 
@@ -100,10 +106,12 @@ def _annotations(deployment: Deployment) -> tuple[dict[str, str], dict[str, str]
     shared = {key: value for key, value in given.items() if not key.startswith((AUTOSCALING, ANNOTATION_PREFIX))}
     ours = {key: value for key, value in given.items() if key.startswith(ANNOTATION_PREFIX)}
     scaling = {key: value for key, value in given.items() if key.startswith(AUTOSCALING)}
+    content = {_CONTENT_ANNOTATION: deployment.image_content} if deployment.image_content else {}
+    named = {FUNCTION_NAME_ANNOTATION: deployment.function} if deployment.function else {}
     shared["function.knative.dev/deployer"] = "knative"
     return (
         {**shared, **ours, ROUTE_ANNOTATION: deployment.route},
-        {**shared, ROUTE_ANNOTATION: deployment.route, **_scaling(deployment), **scaling},
+        {**shared, ROUTE_ANNOTATION: deployment.route, **named, **content, **_scaling(deployment), **scaling},
     )
 
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lifl.func_yaml.config import ANNOTATION_PREFIX, FUNCTION_ANNOTATION, FunctionConfig
+from lifl.func_yaml.config import ANNOTATION_PREFIX, FUNCTION_ANNOTATION, ROUTE_ANNOTATION, FunctionConfig
 from lifl.func_yaml.document import Document, raise_for
 from lifl.func_yaml.reading import suggest
 
 FUNCTIONS_DIRECTORY = "functions"
 
-_ANNOTATIONS = frozenset({FUNCTION_ANNOTATION})
+_ANNOTATIONS = frozenset({FUNCTION_ANNOTATION, ROUTE_ANNOTATION})
 
 
 @dataclass(frozen=True)

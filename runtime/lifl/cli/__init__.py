@@ -23,6 +23,11 @@ from lifl.errors import LiflError, MissingProject, Refused, Unavailable
 SUMMARIES = {
     "create": "Create a function project",
     "run": "Run the function project on this machine",
+    "deploy": "Deploy the function project to a Kubernetes cluster",
+    "describe": "Describe a function in a cluster",
+    "list": "List the functions in a cluster",
+    "delete": "Delete a function from a cluster",
+    "logs": "Show what a function's pods write",
     "coordinator": "Run the coordinator of a cluster",
     "invoke": "Send a model update to a job",
     "job": "Create, list, describe and cancel jobs",
@@ -46,11 +51,19 @@ ALIASES = {"init": "create", "info": "describe", "desc": "describe", "ls": "list
 """Other names that Knative's func has for commands; they are not listed."""
 
 _ELSEWHERE = {
-    "bench": "lifl_bench.command",
+    "deploy": "lifl_knative.commands.deploy",
+    "describe": "lifl_knative.commands.describe",
+    "list": "lifl_knative.commands.list",
+    "delete": "lifl_knative.commands.delete",
+    "logs": "lifl_knative.commands.logs",
     "platform": "lifl_knative.platform_command",
+    "bench": "lifl_bench.command",
     "simulate": "lifl_bench.simulation.command",
 }
 """Modules of commands that are not part of `lifl.cli`, which does not depend on them."""
+
+_ALIASES = {"info": "describe", "desc": "describe", "ls": "list", "rm": "delete"}
+"""Other names of commands, which Knative's func has too; `--help` does not list them."""
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130

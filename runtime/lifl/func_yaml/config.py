@@ -17,6 +17,8 @@ ANNOTATION_PREFIX = "lifl.dev/"
 """What begins the annotations that are settings of LIFL; Knative's tools keep them when they write the file."""
 FUNCTION_ANNOTATION = "lifl.dev/function"
 """Path of the project's own function, relative to `func.yaml`."""
+ROUTE_ANNOTATION = "lifl.dev/route"
+"""How model updates reach the deployed function: `lifl` or `broker`."""
 
 
 @dataclass(frozen=True)

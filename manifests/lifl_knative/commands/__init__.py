@@ -1,0 +1,1 @@
+"""The commands of `func` that make images or ask a cluster."""
