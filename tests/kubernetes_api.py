@@ -114,7 +114,7 @@ class Fault:
     details: Object = field(default_factory=dict)
     body: bytes | None = None
     drop: bool = False
-    """Close the connection instead of answering."""
+    """Close the connection instead of answering; with a `body`, in the middle of it."""
 
 
 @dataclass
@@ -1017,6 +1017,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, fault: Fault) -> None:
         if fault.drop:
             self.close_connection = True
+            if fault.body is not None:
+                self.send_response(fault.status)
+                self.send_header("Content-Length", str(2 * len(fault.body)))
+                self.end_headers()
+                self.wfile.write(fault.body)
             return
         status = Refusal(fault.status, fault.reason, fault.message, fault.details).status()
         self._reply(fault.status, fault.body if fault.body is not None else status, fault.headers)

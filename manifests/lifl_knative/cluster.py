@@ -298,7 +298,10 @@ class Cluster:
         response = self._send("GET", path, request, read_s=read_s)
         try:
             for line in self._lines(response, request, deadline):
-                event = json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # the stream was cut off within a line
+                    return
                 if event.get("type") == "ERROR":
                     status = event.get("object") or {}
                     raise explain(int(status.get("code") or 500), json.dumps(status).encode(), request)
@@ -378,11 +381,7 @@ class Cluster:
         return path, request
 
     def _text(self, path: str, request: Request) -> str:
-        response = self._send("GET", path, request)
-        try:
-            return bytes(response.data).decode(errors="replace")
-        finally:
-            response.release_conn()
+        return self._read(self._send("GET", path, request)).decode(errors="replace")
 
     # --- discovery ---------------------------------------------------------------------------------------------
 
@@ -487,16 +486,25 @@ class Cluster:
         content_type: str = "application/json",
     ) -> Object:
         """Send one request; the JSON object of the answer."""
-        response = self._send(method, path, request, body, content_type)
+        content = self._read(self._send(method, path, request, body, content_type))
         try:
-            answer = json.loads(response.data)
+            answer = json.loads(content)
         except ValueError:
             answer = None
-        finally:
-            response.release_conn()
         if not isinstance(answer, dict):
             raise Unreachable(f"what answers at {self.server} is no Kubernetes API server", self._hints())
         return answer
+
+    def _read(self, response: BaseHTTPResponse) -> bytes:
+        """The whole body; the connection may then be used again."""
+        import urllib3.exceptions
+
+        try:
+            return bytes(response.data)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unreachable(error) from None
+        finally:
+            response.release_conn()
 
     def _send(
         self,

@@ -375,6 +375,20 @@ def test_dropped_connection_is_tried_again(api: KubernetesApi, cluster: Cluster)
     assert cluster.apply(config_map(a="1"))["data"] == {"a": "1"}
 
 
+def test_answer_that_is_cut_off_is_asked_for_again(api: KubernetesApi, cluster: Cluster) -> None:
+    cluster.apply(config_map(a="1"))
+    api.fail("GET", "configmaps/settings", 200, "", times=1, drop=True, body=b'{"kind": "Config')
+    found = cluster.get("v1", "ConfigMap", "settings")
+    assert found is not None and found["data"] == {"a": "1"}
+    fault = api.fail("GET", "watch=true", 200, "", times=1, drop=True, body=b'{"type": "MODIFIED", "obj')
+    events = cluster.watch("v1", "ConfigMap", seconds=20)
+    assert next(events)["type"] == "ADDED"
+    threading.Timer(0.2, cluster.patch, ("v1", "ConfigMap", "settings", {"data": {"a": "2"}})).start()
+    assert next(events)["object"]["data"] == {"a": "2"}
+    assert fault.times == 0
+    events.close()
+
+
 def test_trouble_that_stays_is_told_after_a_while(
     api: KubernetesApi, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
