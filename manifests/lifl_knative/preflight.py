@@ -113,6 +113,9 @@ def _check_platform(platform: Platform, problems: list[str], hints: list[tuple[s
         problems.append(f"LIFL's platform is not installed: there is no {_NODE} in namespace {PLATFORM_NAMESPACE}")
         hints.append((f"{program()} deploy --install-platform", "install it, then deploy"))
         hints.append((f"{program()} deploy --route broker", "without it: events through a broker"))
+    elif platform.nodes == 0:
+        problems.append(f"LIFL's agent runs on no node: {_NODE} in namespace {PLATFORM_NAMESPACE} has no pods")
+        hints.append((f"{program()} platform status", "why"))
 
 
 def _check_pod_security(

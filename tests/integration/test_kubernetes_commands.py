@@ -413,6 +413,13 @@ def test_platform_is_installed_when_asked_for(
     assert "LIFL's platform is installed; nothing else was changed" in func("deploy", "--install-platform").err
 
 
+def test_platform_without_a_node_is_told(api: KubernetesApi, func: Callable[..., Result]) -> None:
+    metadata = {"name": "lifl-node", "namespace": "lifl-system"}
+    api.put({"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": metadata})
+    result = func("deploy")
+    assert result.code == 1 and "LIFL's agent runs on no node: lifl-node in namespace lifl-system" in result.err
+
+
 def test_image_that_is_in_no_registry_is_not_deployed(api: KubernetesApi, func: Callable[..., Result]) -> None:
     result = func("deploy", "--image", "localhost/fedavg:1", "--build=false")
     assert result.code == 1
