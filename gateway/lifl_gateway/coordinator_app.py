@@ -47,6 +47,8 @@ _JSON: Final = "application/json"
 _MOST_JSON_BYTES: Final = 64 * 1024
 _MOST_MESSAGE_BYTES: Final = 16 << 20
 _PAGE_UPDATES: Final = 10_000
+_MOST_VERSION: Final = 2**53
+"""Integers of JSON that every program reads right."""
 _METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT"})
 # What of a job's state is the cluster's own business.
 _INTERNAL: Final = ("type", "updates_pool", "aggregates_pool", "nonce", "elsewhere")
@@ -153,6 +155,7 @@ class _PublicViews:
             ("/v1/jobs/<job>/rounds/<number>", "GET", self.describe_round),
             ("/v1/jobs/<job>/rounds/<number>/participants", "POST", self.take_part),
             ("/v1/jobs/<job>/rounds/<number>/updates", "GET", self.list_updates),
+            ("/v1/functions", "GET", self.list_functions),
             ("/v1/nodes", "GET", self.list_nodes),
             ("/v1/nodes/<node>/drain", "POST", self.drain),
             ("/v1/nodes/<node>/undrain", "POST", self.undrain),
@@ -220,7 +223,7 @@ class _PublicViews:
             raise Refused(415, "Unsupported Media Type", f"send the participant as {_JSON}")
         client = decode_participant(_read_body(_MOST_JSON_BYTES)).client
         identity.require_client(client)
-        selection = self._call(lambda c, now: c.requests.select(job, round_number, client))
+        selection = self._call(lambda c, now: c.requests.select(job, round_number, client, now))
         return _json(*answer_selection(selection, round_number))
 
     # --- updates and models ----------------------------------------------------------------------------------
@@ -317,6 +320,15 @@ class _PublicViews:
         self._identify().require_operator()
         self._call(lambda c, now: c.calibrate(node))
         return Response(status=202)
+
+    # --- functions -------------------------------------------------------------------------------------------
+
+    def list_functions(self) -> Response:
+        """Tell on how many nodes each function is needed; with `wait` when that is not the `version` known."""
+        self._identify().require_operator()
+        known, wait = _integer("version", 0, _MOST_VERSION), _seconds("wait")
+        version, needs = self._service.functions(known if known is not None else -1, wait)
+        return _json({"version": version, "functions": [msgspec.to_builtins(need) for need in needs]})
 
     # --- the process -------------------------------------------------------------------------------------------
 
@@ -431,13 +443,13 @@ def _round_number(text: str) -> int:
     return int(text)
 
 
-def _integer(name: str, least: int) -> int | None:
+def _integer(name: str, least: int, most: int = MAX_ROUND) -> int | None:
     """An integer query parameter; None when it is not there."""
     value = request.args.get(name)
     if value is None:
         return None
-    if not (value.isascii() and value.isdigit() and len(value) <= 10 and least <= int(value) <= MAX_ROUND):
-        raise Refused(400, "Bad Request", f"{name} must be an integer from {least} to {MAX_ROUND}")
+    if not (value.isascii() and value.isdigit() and len(value) <= 16 and least <= int(value) <= most):
+        raise Refused(400, "Bad Request", f"{name} must be an integer from {least} to {most}")
     return int(value)
 
 

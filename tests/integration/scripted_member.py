@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 from lifl.cluster.messages import (
     Answers,
+    AttachedFunctions,
     CountUpdate,
     FunctionFacts,
     JobOrder,
@@ -154,8 +155,12 @@ class _Memory:
 class ScriptedMember:
     """A node that keeps no updates: it says what it is told to say, and gives models that it was given."""
 
-    def __init__(self, coordinator: CoordinatorUnderTest, name: str, token: str = "") -> None:
+    def __init__(
+        self, coordinator: CoordinatorUnderTest, name: str, token: str = "", attaches: bool = False
+    ) -> None:
+        """With `attaches` its functions come as pods: see `attach`."""
         self._coordinator = coordinator
+        self._attaches = attaches
         self.name = name
         self.life = 1
         self._token = token
@@ -228,12 +233,19 @@ class ScriptedMember:
             4,
             1 << 30,
             "unix",
-            (FUNCTION,),
+            () if self._attaches else (FUNCTION,),
             100.0,
+            attaches=self._attaches,
         )
         answer: Registered = self._post("/v1/members", registration, Registered)
-        self.tell(FunctionFacts(FUNCTION, False, 0))
+        if not self._attaches:
+            self.tell(FunctionFacts(FUNCTION, False, 0))
         return answer
+
+    def attach(self, *functions: str) -> None:
+        """The pods of these functions, and of no others, are here."""
+        facts = [FunctionFacts(function, False, 0) for function in functions]
+        self.tell(*facts, AttachedFunctions(functions))
 
     def tell(self, *messages: Any) -> tuple[Any, ...]:
         """Send messages; returns the answers."""

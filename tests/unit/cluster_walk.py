@@ -17,6 +17,7 @@ from lifl.cluster.coordinator import ClusterCoordinator
 from lifl.cluster.journal import Journal
 from lifl.cluster.members import Expired
 from lifl.cluster.messages import (
+    AttachedFunctions,
     Counted,
     CountUpdate,
     EndUpload,
@@ -44,9 +45,12 @@ CLOCK = "boot-1"
 Memory = dict[str, float]
 
 
-def registration(name: str, incarnation: str, capacity: float = 4.0) -> Register:
+def registration(name: str, incarnation: str, capacity: float = 4.0, attaches: bool = False) -> Register:
     return Register(
-        name, incarnation, f"http://{name}:8080", f"{name}:9000", 4, 1 << 30, "unix", (FUNCTION,), capacity
+        *(name, incarnation, f"http://{name}:8080", f"{name}:9000", 4, 1 << 30, "unix"),
+        functions=() if attaches else (FUNCTION,),
+        capacity=capacity,
+        attaches=attaches,
     )
 
 
@@ -59,6 +63,9 @@ class PaperNode:
     is_alive: bool = True
     is_cut_off: bool = False
     """It cannot reach the coordinator, but other nodes can reach it."""
+    boot: str = ""
+    has_function: bool = True
+    """A pod of the function is there: what the node has can be folded."""
     order: JobOrder | None = None
     seen: int = 0
     held: Memory = field(default_factory=dict)
@@ -121,21 +128,31 @@ class PaperNode:
 class PaperCluster:
     """A coordinator with its journal in a file, nodes, and a clock that moves when told."""
 
-    def __init__(self, directory: Path, spec: JobSpec, nodes: int, seed: int, lease: float = 10.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        spec: JobSpec,
+        nodes: int,
+        seed: int,
+        lease: float = 10.0,
+        attaches: bool = False,
+    ) -> None:
+        """With `attaches` the function comes to the nodes by `scale`."""
         self.random = random.Random(seed)
         self.path = directory / "coordinator.db"
         self.lease = lease
         self.now = 1000.0
         self.clock = CLOCK
         self.coordinator = self._new_coordinator()
-        self.nodes = {f"n{number}": PaperNode(f"n{number}") for number in range(nodes)}
+        self.attaches = attaches
+        self.nodes = {f"n{number}": PaperNode(f"n{number}", has_function=not attaches) for number in range(nodes)}
         self.models: dict[tuple[int, int], Memory] = {}
         """What is in each model that the coordinator has accepted, by attempt and round."""
         self.lineage: dict[int, set[str]] = {}
         """Contributors of the rounds that led to the newest model."""
         self.coordinator.create_job(spec)
         for node in self.nodes.values():
-            self.coordinator.register(registration(node.name, node.incarnation), self.now)
+            self._register(node)
         job = self.coordinator.jobs.find(JOB)
         self.send(self.nodes["n0"], FunctionFacts(FUNCTION, False, 0))
         self.coordinator.model_installed(JOB, job.nonce, self.now)
@@ -187,13 +204,46 @@ class PaperCluster:
             return
         orders = self.coordinator.orders(member) or self.coordinator.no_orders(member)
         self.commit()
+        if orders.boot != node.boot:
+            node.boot = orders.boot
+            if self.attaches:
+                self._tell_functions(node)
         for order in orders.jobs:
             node.take_order(order)
 
     def _register_anew(self, node: PaperNode) -> None:
         node.begin_life()
-        self.coordinator.register(registration(node.name, node.incarnation), self.now)
+        self._register(node)
         self.commit()
+
+    def _register(self, node: PaperNode) -> None:
+        self.coordinator.register(registration(node.name, node.incarnation, attaches=self.attaches), self.now)
+        if self.attaches and node.has_function:
+            self._tell_functions(node)
+
+    @staticmethod
+    def _tell_functions(node: PaperNode) -> None:
+        node.queue.append(AttachedFunctions((FUNCTION,) if node.has_function else ()))
+
+    # --- pods ------------------------------------------------------------------------------------------------
+
+    def attach(self, node: PaperNode, has_function: bool) -> None:
+        """A pod of the function comes to a node, or ends there."""
+        if node.is_alive and node.has_function != has_function:
+            node.has_function = has_function
+            self._tell_functions(node)
+
+    def scale(self) -> None:
+        """Do as an autoscaler does; the scheduler chooses nodes at random, but ends no pod that is busy."""
+        (need,) = self.coordinator.jobs.needs.describe()
+        alive = [node for node in self.nodes.values() if node.is_alive]
+        having = [node for node in alive if node.has_function]
+        lacking = [node for node in alive if not node.has_function]
+        if len(having) < need.wanted and lacking:  # nodes that are dead may count as living still
+            self.attach(self.random.choice(lacking), True)
+        idle = [node for node in having if node.name not in need.busy]
+        if len(having) > need.wanted and idle:
+            self.attach(self.random.choice(idle), False)
 
     def flush_one(self, node: PaperNode, lose_answer: bool = False) -> None:
         """Send the oldest message that has no answer; perhaps the answer is lost."""
@@ -307,7 +357,7 @@ class PaperCluster:
         order = node.order
         if not node.is_alive or order is None or (order.role, order.phase) != ("middle", "closing"):
             return
-        if node.has_sent or not self._is_counted(node) or not node.held:
+        if node.has_sent or not self._is_counted(node) or not node.held or not node.has_function:
             return
         top = next((n for n in self.nodes.values() if f"{n.name}:9000" == order.top), None)
         if top is None or not top.is_alive or top.order is None or top.order.role != "top":
@@ -327,6 +377,8 @@ class PaperCluster:
         if not node.is_alive or order is None or (order.role, order.phase) != ("top", "closing"):
             return
         if node.has_finished or not self._is_counted(node) or not set(order.partials) <= node.partials.keys():
+            return
+        if not node.has_function:
             return
         node.has_finished = True
         contributors = (*node.partials, *([node.incarnation] if node.held else []))
@@ -361,6 +413,7 @@ class PaperCluster:
 
     def kill(self, node: PaperNode) -> None:
         node.is_alive = False
+        node.has_function = not self.attaches
         node.held, node.partials, node.models = {}, {}, {}
         node.queue.clear()
 

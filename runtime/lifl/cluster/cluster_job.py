@@ -17,7 +17,7 @@ from typing import Final, Literal
 import msgspec
 
 from lifl.cluster.cluster_round import ClusterRound
-from lifl.cluster.hierarchy import Candidate, choose_top, plan_cluster
+from lifl.cluster.hierarchy import Candidate, NodePlan, choose_top, plan_cluster
 from lifl.cluster.journal import KEPT_ROUNDS, JobRow, Journal, with_reports
 from lifl.cluster.members import Member, Members
 from lifl.cluster.messages import JobOrder, RoundReport
@@ -125,6 +125,16 @@ class ClusterJob:
     """The nodes that take its updates."""
     planned_leaves: dict[str, int] = field(default_factory=dict)
     """By incarnation."""
+    is_awake: bool = True
+    """Clients use it; after a restart, that is not known, and so they do."""
+    last_activity: float | None = None
+    """Monotonic seconds at which a client was last heard of; None until somebody looks at the clock."""
+    needed: dict[str, None] = field(default_factory=dict)
+    """Incarnations of the nodes that its function should be on while it is awake."""
+    _planned: dict[str, None] = field(default_factory=dict)
+    """Nodes that the plan would have if the function were on all of them."""
+    _most_planned: int = 0
+    """The largest number of these since it woke up."""
     home_node: str = ""
     """Of a shard: incarnation of the node that takes all of its updates; empty while there is none."""
     pending: PendingEstimate = field(init=False)
@@ -178,13 +188,16 @@ class ClusterJob:
 
     def takes_part(self, member: Member) -> bool:
         """Whether a node can do anything for the job."""
-        return (
-            member.is_member and member.incarnation not in self.broken and member.has_function(self.spec.function)
-        )
+        is_able = member.is_member and member.incarnation not in self.broken
+        return is_able and member.may_have_function(self.spec.function)
+
+    def may_need(self, member: Member) -> bool:
+        """Whether a node may get updates once the function is there."""
+        return self.takes_part(member) and not self.members.is_draining(member)
 
     def may_place(self, member: Member) -> bool:
         """Whether a node may get updates."""
-        return self.takes_part(member) and not self.members.is_draining(member)
+        return self.may_need(member) and member.has_function(self.spec.function)
 
     def residual_of(self, member: Member) -> float:
         """What a node can still take, for the choice of one.
@@ -259,16 +272,70 @@ class ClusterJob:
 
     def plan(self) -> None:
         """Plan the aggregators of a round that opens, for as many updates as rounds have had lately."""
-        pending = self.pending.observe(self.last.state.accepted if self.last else self.spec.goal)
-        able = sorted((member for member in self.members.living if self.may_place(member)), key=_key)
+        self._plan(self.pending.observe(self.last.state.accepted if self.last else self.spec.goal))
+
+    def replan(self) -> None:
+        """Plan anew because the function has come to a node, or gone. What a round has already stays as it is."""
+        pending = self.pending.value
+        if self.round is not None and pending is not None and not self.used:
+            self._plan(pending)
+        else:
+            self.plan_needs(self.spec.goal if pending is None else pending)
+
+    def _plan(self, pending: float) -> None:
+        able = [member for member in self.members.living if self.may_place(member)]
         if self.is_shard:
             able = [member for member in able if member.incarnation == self.home_node]
+        self.planned_leaves = {plan.node: plan.leaves for plan in self._tree(pending, able)}
+        self.plan_needs(pending)
+
+    def _tree(self, pending: float, able: list[Member]) -> Iterable[NodePlan]:
+        able.sort(key=_key)
         candidates = [Candidate(m.incarnation, max(1, m.registration.cores), m.residual) for m in able]
-        self.planned_leaves = {}
-        if candidates:
-            policy, per_leaf = self.spec.placement, self.spec.updates_per_leaf
-            tree = plan_cluster(pending, candidates, policy, per_leaf, gather=self.gathers)
-            self.planned_leaves = {plan.node: plan.leaves for plan in tree.nodes}
+        if not candidates:
+            return ()
+        policy, per_leaf = self.spec.placement, self.spec.updates_per_leaf
+        return plan_cluster(pending, candidates, policy, per_leaf, gather=self.gathers).nodes
+
+    # --- where the function should be ----------------------------------------------------------------------------
+
+    @property
+    def used(self) -> Mapping[str, None]:
+        """Nodes that have updates of the open round, or are about to get some, or finish it."""
+        round_ = self.round
+        if round_ is None or round_.is_complete:
+            return {}
+        used = dict.fromkeys(share.member for share in round_.shares.values() if not share.is_gone)
+        used |= dict.fromkeys(member for member, clients in round_.placed_on.items() if clients)
+        return used | dict.fromkeys([round_.top] if round_.top else [])
+
+    def plan_needs(self, pending: float) -> None:
+        """Find how many nodes would have updates if the function were on all that may need it."""
+        if self.members.do_attach:
+            able = [member for member in self.members.living if self.may_need(member)]
+            self._planned = dict.fromkeys(plan.node for plan in self._tree(pending, able))
+        else:
+            self._planned = dict.fromkeys(self.planned_leaves)
+        self._most_planned = max(self._most_planned, len(self._planned))
+        self.renew_needs()
+
+    def renew_needs(self) -> None:
+        """Find which nodes these are: those that are used, those that have the function, those of the plan."""
+        used = self.used
+        count = max(len(used), self._most_planned)
+        if not self.members.do_attach:
+            self.needed = {**used, **self._planned}
+            return
+        able = sorted((member for member in self.members.living if self.may_need(member)), key=_key)
+        having = [member.incarnation for member in able if member.has_function(self.spec.function)]
+        kept = [name for name in having if name in self.needed or name in self._planned]
+        order = dict.fromkeys([*used, *kept, *having, *self._planned, *(member.incarnation for member in able)])
+        self.needed = dict.fromkeys(islice(order, count))
+
+    def sleep(self) -> None:
+        """No client uses it any more."""
+        self.is_awake = False
+        self._most_planned = len(self._planned)
 
     def raise_leaves(self, member: Member) -> bool:
         """Plan more aggregators on a node that has got more updates than were expected; True when it gets some."""

@@ -9,6 +9,7 @@ from typing import Final
 
 from lifl.cluster.cluster_job import ClusterJob, CompleteRound, FunctionKind
 from lifl.cluster.cluster_round import ClusterRound
+from lifl.cluster.function_needs import FunctionNeeds
 from lifl.cluster.journal import COUNTED, JobRow, Journal
 from lifl.cluster.members import Member, Members
 from lifl.cluster.order_news import OrderNews
@@ -23,6 +24,8 @@ log = logging.getLogger("lifl.coordinator")
 
 _BROKEN_NODES: Final = 3
 """Nodes on which a job cannot go on before nobody tries another."""
+AWAY_SECONDS: Final = 30.0
+"""Time that a node with updates may be without their function. A pod that was restarted is back by then."""
 
 
 @dataclass
@@ -50,6 +53,9 @@ class ClusterJobs:
         """What is known of functions, by name."""
         self.placements = Placements(members, self.by_name)
         self.sharded = ShardedJobs(self)
+        self.needs = FunctionNeeds(journal.starts, members, self.by_name, self.sharded)
+        self._away: dict[tuple[str, str], float] = {}
+        """Since when a function is away from a node that has updates for it, by incarnation and function."""
         self.totals = Totals()
         self.ended_rounds = 0
         """Grows whenever there may be a round to compact."""
@@ -107,13 +113,15 @@ class ClusterJobs:
         job = ClusterJob(self.journal.new_key("jobs"), spec, self.journal, self.members, self.news, self.kinds)
         self.by_name[spec.name] = job
         job.reindex_all()
+        job.plan_needs(spec.goal)
         job.touch()
         job.tell_all()
+        self.needs.changed()
         return job
 
     def _require_function(self, function: str) -> None:
         members = list(self.members.living)
-        if members and not any(member.has_function(function) for member in members):
+        if members and not any(member.may_have_function(function) for member in members):
             failures = [
                 detail for member in members for name, detail in member.failures.items() if name == function
             ]
@@ -126,8 +134,10 @@ class ClusterJobs:
         job.status = "running"
         job.model_round = job.made_round = 1
         job.stored(1)
+        self.wake(job, now)
         job.open_round(1, now)
         job.tell_all()
+        self.needs.changed()
 
     def fail(self, job: ClusterJob, detail: str) -> None:
         """Give a job up; if it is a shard, the others too."""
@@ -136,6 +146,7 @@ class ClusterJobs:
         self._give_up_round(job)
         job.touch()
         job.tell_all()
+        self.needs.changed()
         self.sharded.failed(job)
 
     def remove(self, name: str) -> None:
@@ -158,6 +169,7 @@ class ClusterJobs:
         self.deleted[job.name] = job
         job.touch()
         job.tell_all()
+        self.needs.changed()
         self._retire_if_known(job)
 
     def note_aware(self, job: ClusterJob, incarnation: str) -> None:
@@ -216,7 +228,9 @@ class ClusterJobs:
             if before is not None and job.round is not None:
                 self.placements.carry_over(before, job.round)
             self.sharded.opened(job, now)
+        job.renew_needs()
         job.tell_all()
+        self.needs.changed()
 
     def stored(self, job: ClusterJob, round_number: int, now: float) -> list[int]:
         """A model is on the coordinator's disk; the rounds whose checkpoints are not to be kept any longer."""
@@ -233,7 +247,9 @@ class ClusterJobs:
         """A node is a member now."""
         for job in self.by_name.values():
             job.reindex(member)
+            self._replan(job)
         self.sharded.assign_homes()
+        self.needs.changed()
 
     def reindex(self, member: Member) -> None:
         """A node may get updates now, or no longer."""
@@ -247,7 +263,9 @@ class ClusterJobs:
                 job.tell_all()
             if not job.is_shard:
                 self._lose_share(job, member, now)
+            self._replan(job)
         self.sharded.lose(member, now)
+        self.needs.changed()
         for job in list(self.deleted.values()):
             self.note_aware(job, member.incarnation)
 
@@ -278,6 +296,98 @@ class ClusterJobs:
         self.totals.rollbacks += 1
         job.roll_back(now)
         job.tell_all()
+        self.needs.changed()
+
+    # --- functions come and go, and clients -------------------------------------------------------------------
+
+    def attached(self, member: Member, functions: frozenset[str], now: float) -> None:
+        """These functions are on a node, and no others."""
+        before, member.attached = member.attached, functions
+        for job in list(self.by_name.values()):
+            name = job.spec.function
+            if (name in functions) == (name in before if before is not None else True):
+                continue
+            job.reindex(member)
+            if name in functions:
+                self._away.pop((member.incarnation, name), None)
+            else:
+                self._leave_alone(job, member, now)
+            self._replan(job)
+        self.sharded.assign_homes()
+        self.needs.changed()
+
+    def _leave_alone(self, job: ClusterJob, member: Member, now: float) -> None:
+        """The function is away: nothing more for the job comes to the node, and what is there waits for it."""
+        if job.round is not None:
+            self.placements.release_all(job.round, member)
+        if _has_work(job, member.incarnation):
+            self._away.setdefault((member.incarnation, job.spec.function), now)
+
+    def _replan(self, job: ClusterJob) -> None:
+        if not self.members.do_attach or job.status not in ("waiting-for-model", "running"):
+            return
+        before = job.planned_leaves
+        job.replan()
+        for incarnation in before.keys() | job.planned_leaves.keys():
+            is_other = before.get(incarnation, 1) != job.planned_leaves.get(incarnation, 1)
+            if is_other and self.members.is_member(incarnation):
+                job.tell(incarnation)
+
+    def next_desertion(self) -> float | None:
+        """When a function will have been away from a node for too long."""
+        return min(self._away.values()) + AWAY_SECONDS if self._away else None
+
+    def deserted(self, now: float) -> list[Member]:
+        """Nodes that have updates for which the function does not come back: these count as lost."""
+        found: dict[str, Member] = {}
+        for (incarnation, function), since in list(self._away.items()):
+            if now < since + AWAY_SECONDS:
+                continue
+            del self._away[incarnation, function]
+            member = self.members.find(incarnation)
+            jobs = [job for job in self.by_name.values() if job.spec.function == function]
+            if member is not None and member.is_member and any(_has_work(job, incarnation) for job in jobs):
+                log.warning("node %s has updates, but no pod of %s for %g s", member.name, function, now - since)
+                found[incarnation] = member
+        return list(found.values())
+
+    def wake(self, job: ClusterJob, now: float) -> None:
+        """A client uses a job: its function has to be there."""
+        job.last_activity = now
+        if not job.is_awake:
+            job.is_awake = True
+            self._replan(job)
+            job.renew_needs()
+            self.needs.changed()
+
+    def use(self, job: ClusterJob, member: Member) -> None:
+        """An update is on its way to a node, or there."""
+        assert job.round is not None
+        share = job.round.shares.get(member.incarnation)
+        there = share.updates if share is not None else 0
+        is_first = there + len(job.round.placed_on.get(member.incarnation, ())) == 1
+        if is_first or member.incarnation not in job.needed:
+            job.renew_needs()
+            self.needs.changed()
+
+    def next_sleep(self, now: float) -> float | None:
+        """When a job will be idle. Nobody asks for that where all functions are always there."""
+        if not self.members.do_attach:
+            return None
+        return min((_idle_at(job, now) for job in self.by_name.values() if _may_sleep(job)), default=None)
+
+    def put_to_sleep(self, now: float) -> None:
+        """Let go of the functions of jobs that nobody uses."""
+        if not self.members.do_attach:
+            return
+        for job in self.by_name.values():
+            if not _may_sleep(job) or now < _idle_at(job, now):
+                continue
+            if job.used:
+                job.last_activity = now  # something is going on after all
+            else:
+                job.sleep()
+                self.needs.changed()
 
     def note_seen(self, member: Member, job: ClusterJob, version: int, now: float) -> None:
         """A node has carried out a version of its order."""
@@ -303,6 +413,18 @@ class ClusterJobs:
                 job.reindex_all()
         self.sharded.learned(function)
 
+    def recovered(self, member: Member, function: str) -> None:
+        """A function can be imported on a node, where it perhaps could not before."""
+        if function not in member.failures:
+            return
+        self.members.clear_failure(member, function)
+        for job in self.by_name.values():
+            if job.spec.function == function:
+                job.reindex(member)
+                self._replan(job)
+        self.sharded.assign_homes()
+        self.needs.changed()
+
     def break_on(self, job: ClusterJob, member: Member, detail: str, now: float) -> None:
         """A node can do no more for a job; with too many of them it fails."""
         if member.incarnation in job.broken or job.status not in ("running", "waiting-for-model"):
@@ -315,6 +437,8 @@ class ClusterJobs:
         else:
             self._lose_share(job, member, now)
         job.tell(member.incarnation)
+        self._replan(job)
+        self.needs.changed()
         self.fail_if_hopeless(job, detail)
 
     def fail_if_hopeless(self, job: ClusterJob, detail: str) -> None:
@@ -390,3 +514,23 @@ class ClusterJobs:
         if not job.round.is_complete:
             job.round.restore_fences(now, job.version)
         job.plan()
+
+
+def _has_work(job: ClusterJob, incarnation: str) -> bool:
+    """Whether a node has updates of the open round that are nowhere else, or is to finish it."""
+    round_ = job.round
+    if round_ is None or round_.is_complete:
+        return False
+    share = round_.shares.get(incarnation)
+    has_updates = share is not None and not share.is_gone and not share.is_delivered
+    return has_updates or round_.top == incarnation
+
+
+def _may_sleep(job: ClusterJob) -> bool:
+    return job.is_awake and job.status in ("waiting-for-model", "running")
+
+
+def _idle_at(job: ClusterJob, now: float) -> float:
+    if job.last_activity is None:
+        job.last_activity = now
+    return job.last_activity + job.spec.idle_seconds

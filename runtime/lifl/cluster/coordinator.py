@@ -4,6 +4,7 @@
     cluster_jobs       what becomes of jobs (of `cluster_job`, `cluster_round`, `placements`)
     sharded_jobs       what becomes of those whose model is cut into shards (of `sharded_job`)
     member_requests    answers to the nodes' messages
+    function_needs     on how many nodes each function is needed, for who scales its pods
     order_news         versions of orders, and whom to wake
     journal            what a restart needs
 
@@ -193,16 +194,23 @@ class ClusterCoordinator:
     # --- time ------------------------------------------------------------------------------------------------
 
     def next_timer(self, now: float) -> float | None:
-        """When something happens by itself: a lease ends, or a deadline passes."""
+        """When something happens by itself: a lease ends, a deadline passes, or a job becomes idle."""
         times = [when for job in self.jobs.by_name.values() if (when := _deadline(job, now)) is not None]
-        expiries = (self.members.next_expiry(), self.jobs.sharded.next_expiry())
+        expiries = (
+            self.members.next_expiry(),
+            self.jobs.sharded.next_expiry(),
+            self.jobs.next_desertion(),
+            self.jobs.next_sleep(now),
+        )
         return min([*times, *(expiry for expiry in expiries if expiry is not None)], default=None)
 
     def tick(self, now: float) -> None:
         """Do what is due."""
-        for member in self.members.expired(now):
-            self._end(member, "lost", now)
+        for member in [*self.members.expired(now), *self.jobs.deserted(now)]:
+            if member.is_member:
+                self._end(member, "lost", now)
         self.jobs.sharded.expire(now)
+        self.jobs.put_to_sleep(now)
         for job in list(self.jobs.by_name.values()):
             self.jobs.settle(job, now)
 

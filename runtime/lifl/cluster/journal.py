@@ -287,6 +287,10 @@ class Journal:
         """Note that a function cannot be imported on a node."""
         self._add(_replace("failures", 3), member, function, detail)
 
+    def clear_failure(self, member: int, function: str) -> None:
+        """Note that a function can be imported on a node after all."""
+        self._add("DELETE FROM failures WHERE member = ? AND function = ?", member, function)
+
     def members(self) -> Iterator[MemberRow]:
         """Every incarnation there was, oldest first."""
         for row in self._connection.execute("SELECT * FROM members ORDER BY key"):

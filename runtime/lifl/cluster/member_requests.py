@@ -11,6 +11,7 @@ from lifl.cluster.cluster_jobs import ClusterJobs
 from lifl.cluster.cluster_round import ClusterRound
 from lifl.cluster.members import Member
 from lifl.cluster.messages import (
+    AttachedFunctions,
     Counted,
     CountUpdate,
     EndUpload,
@@ -90,6 +91,9 @@ class MemberRequests:
                 return self._report(member, message)
             case FunctionFacts():
                 return self._learn(member, message, now)
+            case AttachedFunctions():
+                self._jobs.attached(member, frozenset(message.functions), now)
+                return Acknowledged()
             case JobBroken():
                 return self._broken(member, message, now)
             case CreateJob():
@@ -107,7 +111,7 @@ class MemberRequests:
             case DescribeNodes():
                 return self.nodes(now)
             case SelectClient():
-                return self.select(message.job, message.round, message.client)
+                return self.select(message.job, message.round, message.client, now)
 
     # --- updates -----------------------------------------------------------------------------------------------
 
@@ -139,6 +143,7 @@ class MemberRequests:
             return Placed(verdict, round_.number)
         if verdict == "late":
             return Placed("late", round_.number + 1)
+        self._jobs.wake(job, now)
         if job.kind is None:
             raise Busy(
                 "function not loaded yet", f"no node has imported {job.spec.function!r} so far", retry_after=0.5
@@ -148,8 +153,14 @@ class MemberRequests:
             if not job.home():
                 raise Busy("no node", "no node can take updates of this shard now", retry_after=0.5)
             sharded.admit(job, client, number, now)
+        if not len(job.index) and any(map(job.may_need, self._members.living)):
+            raise _not_there(job.spec.function)
         # One for the next buffer (`closing`) may come already: its node keeps it until that is open.
         chosen = self._jobs.placements.place(job, round_, contributor, asking, here, now)
+        if not chosen.has_function(job.spec.function):
+            self._jobs.placements.release(round_, contributor)
+            raise _not_there(job.spec.function)
+        self._jobs.use(job, chosen)
         return Placed("open", round_.number, chosen.name, chosen.registration.address)
 
     def _place(self, member: Member, message: PlaceUpdate, now: float) -> Placed:
@@ -166,7 +177,7 @@ class MemberRequests:
                 sharded.end_upload(job, message.client)
         return Acknowledged()
 
-    def select(self, job_name: str, number: int, client: str) -> Selection:
+    def select(self, job_name: str, number: int, client: str, now: float) -> Selection:
         """Give a client a place in a round; raises Refused."""
         sharded = self._jobs.sharded.by_name.get(job_name)
         if sharded is not None:
@@ -177,6 +188,7 @@ class MemberRequests:
             return Selection("late", round_.number + 1)
         if time != "open":
             return Selection(time, round_.number)
+        self._jobs.wake(job, now)
         if not job.spec.over_selection:
             return Selection("everyone", round_.number)
         status = round_.select(client)
@@ -220,6 +232,7 @@ class MemberRequests:
         placed = self._jobs.placements.release(round_, message.client)
         sharded.require_welcome(message.client, round_.number)
         self._require_able(job, round_, member)
+        _require_function(job, member)
         if round_.judge(message.client) != "open":
             return Counted("late", round_.number + 1)
         started = placed.since if placed is not None else now
@@ -254,6 +267,8 @@ class MemberRequests:
         if not round_.is_buffer:
             placements.release(round_, message.client)
         self._require_able(job, round_, member)
+        if message.client not in round_.updates:
+            _require_function(job, member)
         started = placed.since if placed is not None else now
         before = round_.accepted
         verdict = round_.count(member.incarnation, member.key, message.client, message.num_samples, started)
@@ -266,6 +281,8 @@ class MemberRequests:
             return Counted(verdict, round_.number)
         if round_.accepted > before:
             self._jobs.totals.counted += 1
+            self._jobs.wake(job, now)
+            self._jobs.use(job, member)
             job.note_residual(member)
             self._jobs.settle(job, now)
             if job.raise_leaves(member):
@@ -370,6 +387,7 @@ class MemberRequests:
     def _learn(self, member: Member, message: FunctionFacts, now: float) -> Acknowledged:
         if not message.failure:
             self._jobs.learn(message.function, FunctionKind(message.gather, message.state_arrays))
+            self._jobs.recovered(member, message.function)
             return Acknowledged()
         self._members.set_failure(member, message.function, message.failure)
         for job in list(self._jobs.by_name.values()):
@@ -440,7 +458,7 @@ class MemberRequests:
             gateways=0,
             workers=member.load.workers,
             pool_bytes=member.load.pool_bytes,
-            zygotes=registration.functions,
+            zygotes=tuple(sorted(member.functions)),
             status=status,  # type: ignore[arg-type]
             address=registration.address,
             capacity=registration.capacity,
@@ -459,3 +477,14 @@ class MemberRequests:
             job.round is not None and not job.round.is_complete and job.round.top == member.incarnation
             for job in jobs
         )
+
+
+def _require_function(job: ClusterJob, member: Member) -> None:
+    """Raise Busy if the function has gone from the node that an update was sent to."""
+    if not member.has_function(job.spec.function):
+        raise _not_there(job.spec.function)
+
+
+def _not_there(function: str) -> Busy:
+    detail = f"{function!r} is on no node that can take this update now; its pods are asked for"
+    return Busy("function not here yet", detail, retry_after=0.5)

@@ -51,6 +51,8 @@ class Member:
     """Whether it drains, and how often it was asked to calibrate, as it was last told."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why, for each function that cannot be imported on it."""
+    attached: frozenset[str] | None = None
+    """Functions that are there, if they come from outside; None before this life of the coordinator was told."""
     sequence: int = 0
     """Number of its newest request with messages; in memory only, as is the next."""
     answers: list[MemberAnswer] = field(default_factory=list)
@@ -76,10 +78,22 @@ class Member:
         """Updates that it can still take (RC)."""
         return residual_capacity(self.registration.capacity, self.load, self.placed)
 
-    def has_function(self, function: str) -> bool:
-        """Whether it can run a function. One that names none does not limit which."""
+    @property
+    def functions(self) -> Iterable[str]:
+        """Functions that it is known to have."""
+        return self.registration.functions if not self.registration.attaches else self.attached or ()
+
+    def may_have_function(self, function: str) -> bool:
+        """Whether it can run a function, perhaps only once its pod is there. One that names none does not limit
+        which."""
         known = self.registration.functions
         return (not known or function in known) and function not in self.failures
+
+    def has_function(self, function: str) -> bool:
+        """Whether it can run a function now. What a node had before the coordinator's start it has until it
+        tells otherwise."""
+        is_here = not self.registration.attaches or self.attached is None or function in self.attached
+        return is_here and self.may_have_function(function)
 
 
 @dataclass(slots=True)
@@ -100,6 +114,7 @@ class Members:
         self._by_key: dict[int, Member] = {}
         self._living: OrderedDict[str, Member] = OrderedDict()
         """By incarnation, the one that was silent for the longest time first."""
+        self._attaching = 0
         self._current: dict[str, Member] = {}
         """The newest incarnation of each name, living or not."""
         self._wishes: dict[str, NodeWishes] = {}
@@ -119,6 +134,7 @@ class Members:
         self._current[member.name] = member
         if member.is_member:
             self._living[member.incarnation] = member
+            self._attaching += member.registration.attaches
 
     # --- who is there ----------------------------------------------------------------------------------------
 
@@ -164,6 +180,11 @@ class Members:
         """What the operator asked of a node."""
         return self._wishes.setdefault(name, NodeWishes())
 
+    @property
+    def do_attach(self) -> bool:
+        """Whether functions come to any of them from outside."""
+        return self._attaching > 0
+
     def is_draining(self, member: Member) -> bool:
         """Whether the node is to get no more updates."""
         wishes = self._wishes.get(member.name)
@@ -188,6 +209,7 @@ class Members:
             self.renew(known, now)
             return None
         member = Member(self._journal.new_key("members"), registration, now)
+        member.attached = frozenset()
         self._add(member)
         self.save(member)
         return member
@@ -215,6 +237,7 @@ class Members:
         member.state = how
         member.seen.clear()
         del self._living[member.incarnation]
+        self._attaching -= member.registration.attaches
         self.save(member)
 
     def expired(self, now: float) -> list[Member]:
@@ -244,6 +267,11 @@ class Members:
         """Note that a function cannot be imported on the node."""
         member.failures[function] = detail
         self._journal.save_failure(member.key, function, detail)
+
+    def clear_failure(self, member: Member, function: str) -> None:
+        """A function can be imported after all: another version of it has come."""
+        if member.failures.pop(function, None) is not None:
+            self._journal.clear_failure(member.key, function)
 
     def save(self, member: Member) -> None:
         """Write a member to the journal."""

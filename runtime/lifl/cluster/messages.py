@@ -72,6 +72,8 @@ class Register(Message):
     is_calibrated: bool = False
     """`capacity` was measured here; otherwise it is a guess from the cores."""
     version: str = ""
+    attaches: bool = False
+    """Its functions come from outside, as pods: it has those that `AttachedFunctions` names, and starts none."""
 
 
 class Registered(Message):
@@ -328,6 +330,15 @@ class FunctionFacts(Message):
     """Why it could not be imported."""
 
 
+class AttachedFunctions(Message):
+    """The functions whose zygotes are at a node that can start none itself: all of them, whenever they change.
+
+    What is not named can fold nothing there, and gets no updates. Answered by `Acknowledged`.
+    """
+
+    functions: tuple[str, ...]
+
+
 class JobBroken(Message):
     """The job cannot go on on this node: its function fails, or there is no memory. Answered by `Acknowledged`."""
 
@@ -346,6 +357,7 @@ MemberMessage = (
     | ModelHeld
     | RoundReport
     | FunctionFacts
+    | AttachedFunctions
     | JobBroken
     | CreateJob
     | DeleteJob

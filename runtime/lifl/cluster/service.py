@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from lifl.cluster.checkpoints import CheckpointStore, FetchModel, sync_file
 from lifl.cluster.coordinator import CheckpointTask, ClusterCoordinator
+from lifl.cluster.function_needs import FunctionNeed
 from lifl.cluster.group_commit import GroupCommit
 from lifl.cluster.journal import UpdateRecord
 from lifl.cluster.members import Expired, Member
@@ -66,6 +67,9 @@ class ClusterService:
         self._timer_due: float | None = None
         self._models = threading.Condition(self._lock)
         """Who waits for another model of any job."""
+        self._functions = threading.Condition(self._lock)
+        """Who waits for functions to be needed elsewhere."""
+        self._function_polls = 0
         self._fetching = threading.Condition(self._lock)
         self._fetched: dict[str, float] = {}
         """Jobs whose model is being fetched, or when it may be tried again."""
@@ -107,7 +111,8 @@ class ClusterService:
         """Let long polls be answered at once from now on, and the threads end."""
         with self._lock:
             self._is_stopping = True
-            for condition in (self._timer, self._models, self._fetching, self._old_rounds, *self._polls.values()):
+            waiting = (self._timer, self._models, self._functions, self._fetching, self._old_rounds)
+            for condition in (*waiting, *self._polls.values()):
                 condition.notify_all()
 
     # --- calls -----------------------------------------------------------------------------------------------
@@ -134,14 +139,15 @@ class ClusterService:
     def _finish(self) -> int:
         """After each change, under the lock: hand the changes over, and wake whom they concern."""
         coordinator = self.coordinator
-        if not coordinator.journal.has_changes:
-            self._wake()
-            return self._commits.add([])
-        ticket = self._commits.add(coordinator.journal.take())
+        has_changes = coordinator.journal.has_changes
+        ticket = self._commits.add(coordinator.journal.take() if has_changes else [])
         self._wake()
-        due = coordinator.next_timer(time.monotonic())
+        # A job that a client has woken up changes nothing in the journal, but will be idle again.
+        due = coordinator.next_timer(time.monotonic()) if has_changes or coordinator.members.do_attach else None
         if due is not None and (self._timer_due is None or due < self._timer_due):
             self._timer.notify_all()
+        if not has_changes:
+            return ticket
         # Also for one whose last attempt failed: if it had nothing to store after that, nobody waits to try again.
         if any(self._fetched.get(task.job, 0.0) < _IS_FETCHED for task in coordinator.checkpoint_tasks()):
             self._fetching.notify_all()
@@ -150,6 +156,12 @@ class ClusterService:
         return ticket
 
     def _wake(self) -> None:
+        if self._function_polls:
+            needs = self.coordinator.jobs.needs
+            before = needs.version
+            needs.describe()
+            if needs.version != before:
+                self._functions.notify_all()
         woken = self.coordinator.news.take()
         if woken is None:
             self._models.notify_all()
@@ -206,6 +218,30 @@ class ClusterService:
             condition.wait(left)
             if not member.is_member:
                 raise Expired("the lease ended while the request waited")
+
+    # --- functions ---------------------------------------------------------------------------------------------
+
+    def functions(self, known: int, seconds: float) -> tuple[int, tuple[FunctionNeed, ...]]:
+        """Which functions are needed where, and the version of that.
+
+        Waits while it is the version that is `known`, at most so many seconds.
+        """
+        until = time.monotonic() + seconds
+        with self._lock:
+            needs = self.coordinator.jobs.needs
+            self._function_polls += 1
+            try:
+                while True:
+                    found = needs.describe()
+                    left = until - time.monotonic()
+                    if needs.version != known or left <= 0 or self._is_stopping:
+                        break
+                    self._functions.wait(left)
+            finally:
+                self._function_polls -= 1
+            version, ticket = needs.version, self._finish()
+        self._wait(ticket)
+        return version, found
 
     # --- jobs ------------------------------------------------------------------------------------------------
 

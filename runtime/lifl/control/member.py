@@ -18,6 +18,7 @@ from typing import Final
 
 from lifl.cluster.member_link import MemberLink
 from lifl.cluster.messages import (
+    AttachedFunctions,
     FunctionFacts,
     JobBroken,
     JobOrder,
@@ -99,6 +100,7 @@ class Member:
                 self.link.seen[order.job] = order.version
             self.note_seen(order.job)
         if is_new_boot:
+            self.functions_changed()
             for job in self._context.jobs.values():
                 if job.member is not None:
                     self._tell_held(job)
@@ -183,12 +185,18 @@ class Member:
                 self._context.publish(job)
         for name, zygote in self._workforce.zygotes():
             self.function_ready(name, zygote)
+        self.functions_changed()
 
     # --- functions -------------------------------------------------------------------------------------------
 
     def function_ready(self, name: str, zygote: Zygote) -> None:
         """Tell the coordinator what a function asks for."""
         self.link.send(FunctionFacts(name, zygote.gather, zygote.state_arrays, zygote.failure))
+
+    def functions_changed(self) -> None:
+        """Tell the coordinator which functions are here, if this node has to wait for them to come."""
+        if self._context.functions is None:
+            self.link.send(AttachedFunctions(self._workforce.functions))
 
     # --- one step after the other ----------------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ def describe_node(
         capacity=membership.capacity,
         is_calibrated=membership.is_calibrated,
         version=__version__,
+        attaches=context.functions is None,
     )
 
 

@@ -70,6 +70,8 @@ class Workforce:
         self._tickets.clear()
         for job in self._context.jobs.values():
             job.workers.clear()
+        if self._context.member is not None:
+            self._context.member.functions_changed()
 
     # --- zygotes -------------------------------------------------------------------------------------------
 
@@ -96,6 +98,7 @@ class Workforce:
         self._zygotes[event.function] = Zygote(event.endpoint, event.failure, event.gather, event.state_arrays)
         if self._context.member is not None:
             self._context.member.function_ready(event.function, self._zygotes[event.function])
+            self._context.member.functions_changed()
         for continuation in self._awaiting.pop(event.function, []):
             continuation()
         for job in self._context.jobs.values():
@@ -112,6 +115,8 @@ class Workforce:
         waiting = [ticket for ticket, (job, _) in self._tickets.items() if job.spec.function == event.function]
         for ticket in waiting:
             self._cancel(ticket)
+        if self._context.member is not None:
+            self._context.member.functions_changed()
 
     # --- starting ------------------------------------------------------------------------------------------
 
