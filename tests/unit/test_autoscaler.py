@@ -307,7 +307,7 @@ def observations(draw: st.DrawFn) -> Observed:
     return Observed(pa, service, deployment(replicas, ready), need, "no answer", role)  # type: ignore[arg-type]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(observations(), st.booleans())
 def test_whatever_is_seen_the_decision_is_valid_within_bounds_and_comes_to_rest(
     seen: Observed, acts: bool

@@ -79,40 +79,50 @@ def main(
 def _run(
     coordinator: str, token_file: Path | None, address: str, kubeconfig: Path | None, context: str | None
 ) -> int:
+    controller = Controller(lambda: Cluster.connect(kubeconfig, context))
+    # What is wrong with any of these is said before anything is started.
+    feed = PlanFeed(coordinator, token_file, controller.take_plan)
+    host, port = _host_port(address)
+    Cluster.connect(kubeconfig, context).close()
+    monitor = _monitor(host, port, controller)
     stopped = threading.Event()
+    failures = _note_failures(stopped)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    failures: list[BaseException | None] = []
-
-    def fail(failure: threading.ExceptHookArgs) -> None:
-        """A thread is gone, and without it nothing is scaled: whoever runs this process starts it anew."""
-        log.critical("failed: %s", failure.exc_value, exc_info=failure.exc_value)
-        failures.append(failure.exc_value)
-        stopped.set()
-
-    threading.excepthook = fail
-    Cluster.connect(kubeconfig, context).close()  # says what is wrong with it before anything is started
-    controller = Controller(lambda: Cluster.connect(kubeconfig, context))
-    feed = PlanFeed(coordinator, token_file, controller.take_plan)
-    monitor = _monitor(address, controller)
     monitor.start()
     feed.start()
     log.info("scaling to the plan of %s; metrics at http://%s/metrics", coordinator, monitor.address)
-    thread = threading.Thread(target=controller.run, name="controller", daemon=True)
-    thread.start()
+    threading.Thread(target=controller.run, name="controller", daemon=True).start()
     stopped.wait()
     controller.stop()
     return 1 if failures else 0
 
 
-def _monitor(address: str, controller: Controller) -> Monitor:
+def _note_failures(stopped: threading.Event) -> list[BaseException | None]:
+    """End the process when a thread has failed, without which nothing is scaled: it will be started anew."""
+    failures: list[BaseException | None] = []
+
+    def fail(failure: threading.ExceptHookArgs) -> None:
+        log.critical("failed: %s", failure.exc_value, exc_info=failure.exc_value)
+        failures.append(failure.exc_value)
+        stopped.set()
+
+    threading.excepthook = fail
+    return failures
+
+
+def _host_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
         raise CommandError(f"'{address}' is no HOST:PORT to listen on, such as 127.0.0.1:{_PORT}")
+    return host.strip("[]"), int(port)
+
+
+def _monitor(host: str, port: int, controller: Controller) -> Monitor:
     try:
-        return Monitor(host.strip("[]"), int(port), controller.metrics, controller.what_lacks)
-    except (OSError, OverflowError) as error:
-        raise CommandError(f"cannot listen on {address}: {error}") from None
+        return Monitor(host, port, controller.metrics, controller.what_lacks)
+    except OSError as error:
+        raise CommandError(f"cannot listen on {host}:{port}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -239,12 +239,13 @@ class Controller:
     def _write(self, cluster: Cluster, seen: Observed, decision: Decision) -> None:
         """Write what was decided, and what came of it into what is known; raises CommandError."""
         if decision.serverless_service is not None:
-            self._know(self._services, cluster.apply(decision.serverless_service, force=True))
+            applied = cluster.apply(decision.serverless_service, force=True)
+            self._know(self._services, seen.serverless_service, applied)
         if decision.replicas is not None:
             self._scale(cluster, seen, decision)
         if decision.status is not None:
             status = {**seen.autoscaler, "status": decision.status}
-            self._know(self._autoscalers, cluster.patch_status(status))
+            self._know(self._autoscalers, seen.autoscaler, cluster.patch_status(status))
 
     def _scale(self, cluster: Cluster, seen: Observed, decision: Decision) -> None:
         assert decision.replicas is not None and seen.deployment is not None
@@ -259,9 +260,7 @@ class Controller:
         )
         self.metrics.scalings.labels("up" if decision.replicas > before else "down").inc()
         spec = {**seen.deployment["spec"], "replicas": decision.replicas}
-        with self._bell.lock:
-            if self._deployments.objects.get((namespace, name)) is seen.deployment:
-                self._deployments.objects[namespace, name] = {**seen.deployment, "spec": spec}
+        self._know(self._deployments, seen.deployment, {**seen.deployment, "spec": spec})
 
     @staticmethod
     def _mark_pods(cluster: Cluster, seen: Observed, keep: frozenset[str]) -> None:
@@ -278,10 +277,12 @@ class Controller:
         except CommandError as error:
             log.warning("pods of %s are not marked, and the wrong ones may end: %s", revision, error)
 
-    def _know(self, watched: Watched, obj: Object) -> None:
-        """Take in what a write has made, before the watch tells it."""
+    def _know(self, watched: Watched, before: Object | None, obj: Object) -> None:
+        """Take in what a write has made of `before`, unless the watch has told of that, or of more, already."""
+        key = key_of(obj)
         with self._bell.lock:
-            watched.objects[key_of(obj)] = obj
+            if watched.objects.get(key) is before:
+                watched.objects[key] = obj
 
     # --- metrics ---------------------------------------------------------------------------------------------
 

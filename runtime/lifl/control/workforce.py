@@ -40,7 +40,9 @@ class Workforce:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._zygotes: dict[str, Zygote] = {}
-        """By function."""
+        """By function, the one that joined last: the agent has that one fork."""
+        self._earlier: dict[str, list[Zygote]] = {}
+        """Others that are still there: a pod may come before the one whose place it takes has ended."""
         self._asked_for: set[str] = set()
         self._awaiting: dict[str, list[Callable[[], None]]] = {}
         """What waits for the zygote of a function."""
@@ -66,6 +68,7 @@ class Workforce:
     def forget_all(self) -> None:
         """The agent is gone: workers end by themselves, zygotes join the new one."""
         self._zygotes.clear()
+        self._earlier.clear()
         self._working.clear()
         self._tickets.clear()
         for job in self._context.jobs.values():
@@ -95,19 +98,28 @@ class Workforce:
 
     def zygote_joined(self, event: Joined) -> None:
         """Go on with what waited for the function."""
-        self._zygotes[event.function] = Zygote(event.endpoint, event.failure, event.gather, event.state_arrays)
+        before = self._zygotes.get(event.function)
+        if before is not None:
+            self._earlier.setdefault(event.function, []).append(before)
+        zygote = Zygote(event.endpoint, event.failure, event.gather, event.state_arrays)
+        self._use_zygote(event.function, zygote)
+
+    def _use_zygote(self, function: str, zygote: Zygote) -> None:
+        self._zygotes[function] = zygote
         if self._context.member is not None:
-            self._context.member.function_ready(event.function, self._zygotes[event.function])
+            self._context.member.function_ready(function, zygote)
             self._context.member.functions_changed()
-        for continuation in self._awaiting.pop(event.function, []):
+        for continuation in self._awaiting.pop(function, []):
             continuation()
         for job in self._context.jobs.values():
-            if job.spec.function == event.function and job.round is not None and job.round.accepted:
+            if job.spec.function == function and job.round is not None and job.round.accepted:
                 self.start_missing(job)
 
     def zygote_left(self, event: Left) -> None:
         """Note that nothing can be forked until the supervisor has started the zygote again."""
         zygote = self._zygotes.get(event.function)
+        earlier = self._earlier.get(event.function, [])
+        earlier[:] = [other for other in earlier if other.endpoint != event.endpoint]
         if zygote is None or zygote.endpoint != event.endpoint:
             return
         del self._zygotes[event.function]
@@ -115,7 +127,9 @@ class Workforce:
         waiting = [ticket for ticket, (job, _) in self._tickets.items() if job.spec.function == event.function]
         for ticket in waiting:
             self._cancel(ticket)
-        if self._context.member is not None:
+        if earlier:
+            self._use_zygote(event.function, earlier.pop())
+        elif self._context.member is not None:
             self._context.member.functions_changed()
 
     # --- starting ------------------------------------------------------------------------------------------
