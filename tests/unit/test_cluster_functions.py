@@ -85,9 +85,14 @@ def test_the_first_client_of_an_idle_job_is_asked_to_wait_and_brings_the_functio
     node = cluster.nodes["n0"]
     answer = cluster.send(node, PlaceUpdate(JOB, 1, "c1"))
     assert isinstance(answer, Problem)
-    assert (answer.status, answer.title) == (503, "function not here yet")
+    assert (answer.status, answer.title, answer.retry_after) == (503, "function not here yet", 1.0)
     assert need(cluster).wanted == 2
     assert cluster.coordinator.jobs.needs.version > version
+    pauses = []
+    while sum(pauses) < 35.0:
+        pauses.append(cluster.send(node, PlaceUpdate(JOB, 1, "c1")).retry_after)
+        cluster.now += pauses[-1]
+    assert len(pauses) <= 6  # as often as a client tries
     settle(cluster)
     answer = cluster.send(node, PlaceUpdate(JOB, 1, "c1"))
     assert isinstance(answer, Placed)

@@ -129,6 +129,8 @@ class ClusterJob:
     """Clients use it; after a restart, that is not known, and so they do."""
     last_activity: float | None = None
     """Monotonic seconds at which a client was last heard of; None until somebody looks at the clock."""
+    woken: float | None = None
+    """Monotonic seconds at which a client was first heard of since it was idle or made."""
     needed: dict[str, None] = field(default_factory=dict)
     """Incarnations of the nodes that its function should be on while it is awake."""
     _planned: dict[str, None] = field(default_factory=dict)
@@ -331,6 +333,13 @@ class ClusterJob:
         kept = [name for name in having if name in self.needed or name in self._planned]
         order = dict.fromkeys([*used, *kept, *having, *self._planned, *(member.incarnation for member in able)])
         self.needed = dict.fromkeys(islice(order, count))
+
+    def need(self, member: Member) -> None:
+        """A node is used that was not expected to be: it takes the place of one that is not used yet."""
+        if self.members.do_attach:
+            self.renew_needs()
+        else:
+            self.needed[member.incarnation] = None
 
     def sleep(self) -> None:
         """No client uses it any more."""

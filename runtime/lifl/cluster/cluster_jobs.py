@@ -354,6 +354,8 @@ class ClusterJobs:
     def wake(self, job: ClusterJob, now: float) -> None:
         """A client uses a job: its function has to be there."""
         job.last_activity = now
+        if job.woken is None or not job.is_awake:
+            job.woken = now
         if not job.is_awake:
             job.is_awake = True
             self._replan(job)
@@ -366,9 +368,11 @@ class ClusterJobs:
         share = job.round.shares.get(member.incarnation)
         there = share.updates if share is not None else 0
         is_first = there + len(job.round.placed_on.get(member.incarnation, ())) == 1
-        if is_first or member.incarnation not in job.needed:
-            job.renew_needs()
-            self.needs.changed()
+        if member.incarnation not in job.needed:
+            job.need(member)
+        elif not is_first:
+            return
+        self.needs.changed()
 
     def next_sleep(self, now: float) -> float | None:
         """When a job will be idle. Nobody asks for that where all functions are always there."""

@@ -53,6 +53,9 @@ log = logging.getLogger("lifl.coordinator")
 
 _PAGE_JOBS: Final = 1000
 _WEIGHT_TOLERANCE: Final = 1e-6
+_FIRST_PAUSE_SECONDS: Final = 1.0
+_LONGEST_PAUSE_SECONDS: Final = 10.0
+"""Between questions of a client whose function is on its way: `lifl.Client` goes on for half a minute then."""
 
 
 class MemberRequests:
@@ -145,8 +148,9 @@ class MemberRequests:
             return Placed("late", round_.number + 1)
         self._jobs.wake(job, now)
         if job.kind is None:
+            pause = _pause(job, now) if self._members.do_attach else 0.5
             raise Busy(
-                "function not loaded yet", f"no node has imported {job.spec.function!r} so far", retry_after=0.5
+                "function not loaded yet", f"no node has imported {job.spec.function!r} so far", retry_after=pause
             )
         sharded = self._jobs.sharded.of(job)
         if sharded is not None:
@@ -154,12 +158,12 @@ class MemberRequests:
                 raise Busy("no node", "no node can take updates of this shard now", retry_after=0.5)
             sharded.admit(job, client, number, now)
         if not len(job.index) and any(map(job.may_need, self._members.living)):
-            raise _not_there(job.spec.function)
+            raise _not_there(job, now)
         # One for the next buffer (`closing`) may come already: its node keeps it until that is open.
         chosen = self._jobs.placements.place(job, round_, contributor, asking, here, now)
         if not chosen.has_function(job.spec.function):
             self._jobs.placements.release(round_, contributor)
-            raise _not_there(job.spec.function)
+            raise _not_there(job, now)
         self._jobs.use(job, chosen)
         return Placed("open", round_.number, chosen.name, chosen.registration.address)
 
@@ -232,7 +236,7 @@ class MemberRequests:
         placed = self._jobs.placements.release(round_, message.client)
         sharded.require_welcome(message.client, round_.number)
         self._require_able(job, round_, member)
-        _require_function(job, member)
+        _require_function(job, member, now)
         if round_.judge(message.client) != "open":
             return Counted("late", round_.number + 1)
         started = placed.since if placed is not None else now
@@ -268,7 +272,7 @@ class MemberRequests:
             placements.release(round_, message.client)
         self._require_able(job, round_, member)
         if message.client not in round_.updates:
-            _require_function(job, member)
+            _require_function(job, member, now)
         started = placed.since if placed is not None else now
         before = round_.accepted
         verdict = round_.count(member.incarnation, member.key, message.client, message.num_samples, started)
@@ -479,12 +483,18 @@ class MemberRequests:
         )
 
 
-def _require_function(job: ClusterJob, member: Member) -> None:
+def _require_function(job: ClusterJob, member: Member, now: float) -> None:
     """Raise Busy if the function has gone from the node that an update was sent to."""
     if not member.has_function(job.spec.function):
-        raise _not_there(job.spec.function)
+        raise _not_there(job, now)
 
 
-def _not_there(function: str) -> Busy:
-    detail = f"{function!r} is on no node that can take this update now; its pods are asked for"
-    return Busy("function not here yet", detail, retry_after=0.5)
+def _not_there(job: ClusterJob, now: float) -> Busy:
+    detail = f"{job.spec.function!r} is on no node that can take this update now; its pods are asked for"
+    return Busy("function not here yet", detail, retry_after=_pause(job, now))
+
+
+def _pause(job: ClusterJob, now: float) -> float:
+    """When a client shall ask again: soon at first, and as often as clients usually try while a pod may start."""
+    waited = now - job.woken if job.woken is not None else 0.0
+    return min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS + waited)
