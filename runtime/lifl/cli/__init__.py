@@ -62,9 +62,6 @@ _ELSEWHERE = {
 }
 """Modules of commands that are not part of `lifl.cli`, which does not depend on them."""
 
-_ALIASES = {"info": "describe", "desc": "describe", "ls": "list", "rm": "delete"}
-"""Other names of commands, which Knative's func has too; `--help` does not list them."""
-
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_KILLED = 137
