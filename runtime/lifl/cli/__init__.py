@@ -22,6 +22,7 @@ from lifl.errors import LiflError, MissingProject, Refused, Unavailable
 
 SUMMARIES = {
     "create": "Create a function project",
+    "build": "Build the container image of the function project",
     "run": "Run the function project on this machine",
     "deploy": "Deploy the function project to a Kubernetes cluster",
     "describe": "Describe a function in a cluster",
@@ -51,6 +52,7 @@ ALIASES = {"init": "create", "info": "describe", "desc": "describe", "ls": "list
 """Other names that Knative's func has for commands; they are not listed."""
 
 _ELSEWHERE = {
+    "build": "lifl_knative.commands.build",
     "deploy": "lifl_knative.commands.deploy",
     "describe": "lifl_knative.commands.describe",
     "list": "lifl_knative.commands.list",
