@@ -9,6 +9,8 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.containers import container_storage as container_storage
+from tests.containers import images as images
 from tests.hosts import make_hosts as make_hosts
 
 ROOT = Path(__file__).resolve().parent.parent
