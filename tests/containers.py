@@ -19,7 +19,7 @@ import pytest
 from tests.hosts import require
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 120.0
+PATIENCE = 240.0
 """Seconds after which a test gives up waiting for a builder."""
 
 _CONTAINERS_CONF = """\

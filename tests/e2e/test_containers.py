@@ -16,7 +16,7 @@ from tests.containers import Container, Images, running
 from tests.e2e.node_harness import SMALL, LiveNode, Watch, create_job, run_round, until
 from tests.hosts import require_ebpf
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 NODE_USER, FUNCTION_USER = 65533, 65532
 NO_RIGHTS = 0

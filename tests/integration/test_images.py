@@ -6,13 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
+from lifl.cli.common import CommandError
+from lifl_knative.images.archive import Archive
 from lifl_knative.images.base import ensure_base
-from lifl_knative.images.builders import Podman
+from lifl_knative.images.builders import BUILDERS, Podman
 from lifl_knative.images.layers import Layers
 
 from tests.containers import Images, Storage, running
+from tests.registry import Registry
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 MEGABYTE = 1_000_000
 NO_RIGHTS = "0000000000000000"
@@ -45,6 +48,11 @@ def test_a_function_answers_without_network_rights_and_anything_to_write_to(imag
         assert files == "['.funcignore', '.gitignore', 'README.md', 'function', 'pyproject.toml'] /function\n"
         for program in ("sh", "pip", "gcc", "apt-get"):
             assert container.exec(program, "--version", check=False).returncode == 127
+
+
+def write_little(archive_file: Path, work: Path) -> None:
+    with Archive(archive_file) as archive:
+        archive.add_bytes("/file", b"content")
 
 
 def test_everything_in_the_function_image_finds_the_libraries_that_it_needs(images: Images) -> None:
@@ -134,13 +142,8 @@ def test_another_time_can_be_chosen(images: Images, tmp_path: Path, monkeypatch:
     for name, value in images.storage.variables.items():
         monkeypatch.setenv(name, value)
 
-    def write(archive: Path, work: Path) -> None:
-        import tarfile
-
-        tarfile.open(archive, "w").close()
-
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    layer = Layers(Podman()).make("localhost/time:1", "key", "scratch", write)
+    layer = Layers(Podman()).make("localhost/time:1", "key", "scratch", write_little)
     assert images.storage.inspect(layer.image)["Created"].startswith("2023-11-14T22:13:20")
 
 
@@ -211,3 +214,32 @@ def test_a_base_image_without_python_is_refused(
     assert result.returncode == 1
     assert "the base image localhost/empty:1 has no python3 that runs here" in result.stderr
     assert "func build --base-image debian-packages" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["podman", "buildah"])
+def test_an_image_is_pushed_and_pulled_and_its_digest_is_the_registrys(
+    container_storage: Storage, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for variable, value in container_storage.variables.items():
+        monkeypatch.setenv(variable, value)
+    builder = BUILDERS[name]()
+    with Registry() as registry:
+        image = f"{registry.address}/team/little:1"
+        layer = Layers(builder).make(image, "key", "scratch", write_little)
+        digest = builder.push(image, insecure=True)
+        assert digest in registry.manifests
+        assert f"sha256:{layer.id}" in registry.blobs
+        container_storage.podman("rmi", image)
+        assert builder.inspect(image) is None
+        builder.pull(image, insecure=True)
+        facts = builder.inspect(image)
+        assert facts is not None
+        assert facts.id == layer.id
+
+        with pytest.raises(CommandError, match="could not be pushed") as caught:
+            builder.push(image)
+        assert "func build --registry-insecure" in [command for command, _ in caught.value.hints]
+        registry.closed_to_all = True
+        with pytest.raises(CommandError, match="could not be pushed") as caught:
+            builder.push(image, insecure=True)
+        assert f"{name} login REGISTRY" in [command for command, _ in caught.value.hints]

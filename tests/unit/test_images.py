@@ -344,6 +344,12 @@ def test_a_builders_failure_is_explained_with_its_last_lines(output: str, said: 
     assert hint in [command for command, _ in error.hints]
 
 
+def test_another_base_is_no_advice_where_a_push_finds_no_registry() -> None:
+    failed = ProgramFailed(["podman", "push"], 125, "dial tcp 10.0.0.1:443: connect: connection refused")
+    error = Podman().explain(failed, "the image n could not be pushed")
+    assert [command for command, _ in error.hints] == ["func build --verbose"]
+
+
 def test_a_long_program_shows_signs_of_life(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

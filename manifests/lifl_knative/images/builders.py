@@ -17,6 +17,7 @@ from lifl.cli.common import CommandError, program
 from lifl_knative.images.archive import source_date
 from lifl_knative.images.programs import ProgramFailed, run_program
 
+_UNREACHABLE = ("no such host", "connection refused", "timeout", "unreachable")
 # The label that is left out names the builder's version.
 _FIXED = ["--layers=false", "--format=oci", "--pull=never", "--identity-label=false"]
 
@@ -174,9 +175,9 @@ class Builder(ABC):
             hints.append((f"TMPDIR=/another/disk {func} build", "put what is built together elsewhere"))
         elif any(word in output for word in ("unauthorized", "authentication required", "denied")):
             hints.append((f"{self.program} login REGISTRY", "the registry asks who you are"))
-        elif "server gave http response to https client" in output or "x509" in output:
+        elif any(word in output for word in ("http response to https client", "tls: first record", "x509")):
             hints.append((f"{func} build --registry-insecure", "nothing here vouches for the registry"))
-        elif any(word in output for word in ("no such host", "connection refused", "timeout", "unreachable")):
+        elif error.command[1] != "push" and any(word in output for word in _UNREACHABLE):
             hints.append((f"{func} build --base-image {LOCAL_PACKAGES}", "a base that needs no registry"))
         if not self.verbose:
             hints.append((f"{func} build --verbose", f"see all that {self.program} says"))
