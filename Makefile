@@ -34,7 +34,7 @@ lint: setup ## ruff, mypy and the import contracts
 	@$(RUN) $(BIN)/lint-imports
 
 test: lint ## lint, then every test
-	@$(RUN) $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest --numprocesses 3 --dist loadscope $(ARGS)
 
 bench: setup ## measure every promised figure beside its goal
 	@$(RUN) $(BIN)/python bench/run.py $(ARGS)

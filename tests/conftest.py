@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import pytest
 from xdist.remote import Producer
@@ -28,21 +29,43 @@ def usable_data_planes() -> list[str]:
     return ["unix"]
 
 
+_BESIDE_NODES: Final = {
+    "clusters": ("tests/e2e/test_cluster",),
+    "commands": (
+        "tests/e2e/test_bench",
+        "tests/e2e/test_containers",
+        "tests/e2e/test_function_projects",
+        "tests/integration/test_autoscaler",
+        "tests/integration/test_cluster_doctor",
+        "tests/integration/test_deploy",
+        "tests/integration/test_images",
+        "tests/integration/test_kubernetes_",
+        "tests/integration/test_platform",
+    ),
+}
+"""Tests that run beside those of nodes, each kind in an order of its own."""
+
+
 class _NodesInOneWorker(LoadScopeScheduling):
-    """Runs tests of clusters and benchmarks, and then unit tests, beside the others.
+    """Runs tests of clusters, those of commands, and then unit tests, beside the others.
 
     No two of the others run at the same time: they start nodes, load eBPF, and look afterwards whether anything of
-    that is left. Clusters and benchmarks have network namespaces of their own, and wait most of the time.
+    that is left. Clusters, benchmarks and containers have network namespaces of their own. All wait most of the
+    time, so three workers are not too many for two cores.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith("tests/unit/"):
             return nodeid.partition("::")[0]
-        return "clusters" if nodeid.startswith(("tests/e2e/test_cluster", "tests/e2e/test_bench")) else "nodes"
+        for scope, prefixes in _BESIDE_NODES.items():
+            if nodeid.startswith(prefixes):
+                return scope
+        return "nodes"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """What `make test`, which has two workers, distributes tests with."""
+    """What `make test`, which has three workers, distributes tests with: each kind to one."""
+    config.option.loadscopereorder = False
     return _NodesInOneWorker(config, log)
 
 
