@@ -23,7 +23,8 @@ JOB = "digits"
 
 @pytest.fixture
 def coordinator(tmp_path: Path) -> Iterator[CoordinatorUnderTest]:
-    with CoordinatorUnderTest(tmp_path / "state") as running:
+    # The nodes here are silent in between, however long that takes.
+    with CoordinatorUnderTest(tmp_path / "state", "--lease", "60") as running:
         yield running
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from lifl.cli.common import CommandError
 
+from lifl_knative.api_errors import NotFound
 from lifl_knative.autoscaler.decision import Decision, Observed, decide
 from lifl_knative.autoscaler.monitor import Metrics
 from lifl_knative.autoscaler.objects import (
@@ -219,11 +220,24 @@ class Controller:
             try:
                 self._write(cluster, observed, decision)
                 self._troubles.pop(key, None)
+            except NotFound as error:
+                self._forget(cluster, key, observed)
+                times.append(self._note_trouble(key, str(error)))
             except CommandError as error:
                 times.append(self._note_trouble(key, str(error)))
             if decision.recheck_seconds is not None:
                 times.append(decision.recheck_seconds)
         return min(times, default=None)
+
+    def _forget(self, cluster: Cluster, key: Key, seen: Observed) -> None:
+        """What was to be written is gone. If it is the PodAutoscaler, it went while the watch of it began."""
+        try:
+            is_gone = cluster.get(*AUTOSCALER, key[1], key[0]) is None
+        except CommandError:
+            return
+        with self._bell.lock:
+            if is_gone and self._autoscalers.objects.get(key) is seen.autoscaler:
+                del self._autoscalers.objects[key]
 
     def _note_trouble(self, key: Key, message: str) -> float:
         self.metrics.errors.inc()
@@ -278,11 +292,15 @@ class Controller:
             log.warning("pods of %s are not marked, and the wrong ones may end: %s", revision, error)
 
     def _know(self, watched: Watched, before: Object | None, obj: Object) -> None:
-        """Take in what a write has made of `before`, unless the watch has told of that, or of more, already."""
+        """Take in what a write has made of `before`, unless the watch has told of that, or of more, already.
+
+        What follows from it is decided next: the watch will tell nothing new.
+        """
         key = key_of(obj)
         with self._bell.lock:
             if watched.objects.get(key) is before:
                 watched.objects[key] = obj
+                self._bell.ring()
 
     # --- metrics ---------------------------------------------------------------------------------------------
 
