@@ -580,6 +580,22 @@ def test_invoke_sends_a_file_as_it_is_to_the_projects_job(
     ]
 
 
+def test_invoke_tells_how_to_reach_a_function_that_is_deployed(
+    capsys: pytest.CaptureFixture[str], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("lifl.cli.common.DEFAULT_ADDRESS", f"127.0.0.1:{closed_port()}")
+    code, _, err = run(capsys, "invoke", "--random")
+    assert code == 1
+    assert "port-forward" not in err
+    with (project / "func.yaml").open("a") as file:
+        file.write("\ndeploy:\n  namespace: learning\n")
+    code, _, err = run(capsys, "invoke", "--random")
+    assert code == 1
+    assert "deployed in namespace 'learning'" in err
+    assert "kubectl -n lifl-system port-forward service/lifl-gateway 8080" in err
+
+
 def test_invoke_creates_the_job_only_when_told(
     capsys: pytest.CaptureFixture[str], client: type[StandInClient]
 ) -> None:

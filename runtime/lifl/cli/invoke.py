@@ -17,7 +17,7 @@ from lifl.cli.common import (
     program,
     read_token,
 )
-from lifl.errors import InvalidModel, InvalidProject, Refused
+from lifl.errors import InvalidModel, InvalidProject, Refused, Unavailable
 
 if TYPE_CHECKING:
     from lifl.client import Client
@@ -107,13 +107,18 @@ def command(
     client = client or f"func-{uuid.uuid4().hex[:12]}"
     content = _read(file) if file else b""
     node = find_node(url, path, state_directory)
-    with Client(node, job, client, token=read_token(token_file), retries=2) as link:
-        if create:
-            assert function_name is not None
-            _create(link, function_name, goal, content)
-        number = round_number or _open_round(link)
-        update = _randomised(bytearray(link.fetch_model().data)) if random else content
-        submission = link.submit(update, num_samples=samples, round=number)
+    try:
+        with Client(node, job, client, token=read_token(token_file), retries=2) as link:
+            if create:
+                assert function_name is not None
+                _create(link, function_name, goal, content)
+            number = round_number or _open_round(link)
+            update = _randomised(bytearray(link.fetch_model().data)) if random else content
+            submission = link.submit(update, num_samples=samples, round=number)
+    except Unavailable as error:
+        if url is None and (namespace := _deployed_in(path)):
+            raise CommandError(f"{error}. The function is deployed in namespace '{namespace}'", _REMOTE) from None
+        raise
     if output == "json":
         reply = {"job": job, "client": client, "status": submission.status, "round": submission.round}
         print_json(reply)
@@ -122,6 +127,23 @@ def command(
     else:
         click.echo(f"{submission.status}: round {submission.round} of job {job}, client {client}")
     return 1 if submission.status == "late" else 0
+
+
+_REMOTE = (
+    ("kubectl -n lifl-system port-forward service/lifl-gateway 8080", "reach the cluster's gateways from here"),
+    ("func invoke --url http://127.0.0.1:8080 --token-file FILE ...", "and send to them"),
+    ("func run", "or run the function on this machine"),
+)
+
+
+def _deployed_in(path: Path) -> str | None:
+    """Namespace in which func.yaml says that the function runs; None if it does not say, or cannot be read."""
+    from lifl.project import load_project
+
+    try:
+        return load_project(path).config.deploy.namespace
+    except InvalidProject:
+        return None
 
 
 def _read(file: Path) -> bytes:
