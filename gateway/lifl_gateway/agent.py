@@ -272,14 +272,6 @@ class Agent:
             self._tell_left(peer.left())
         if peer.role == "zygote":
             self._cancel_tickets(peer.endpoint)
-            self._announce_other_zygote(peer.hello.function)
-
-    def _announce_other_zygote(self, function: str) -> None:
-        """Turn the coordinator to another zygote of a function that has lost one: a new pod beside the old one."""
-        zygotes = [peer for peer in self._peers.values() if peer.role == "zygote"]
-        others = [peer for peer in zygotes if peer.hello.function == function]
-        if others:
-            self._tell_left(others[-1].joined())
 
     def _cancel_tickets(self, zygote: int) -> None:
         """Report the workers that a dead zygote still owed; those that have joined are not among them."""
@@ -326,11 +318,8 @@ class Agent:
         if self._coordinator is not None:
             self._send(self._coordinator, message)
 
-    def _tell_left(self, message: Left | Joined) -> None:
-        """Report a death, or who follows the dead.
-
-        Not before the coordinator's socket holds all descriptors that were sent until now.
-        """
+    def _tell_left(self, message: Left) -> None:
+        """Report a death once the coordinator's socket holds all descriptors that were sent before it."""
         coordinator = self._coordinator
         if coordinator is None:
             return
