@@ -316,6 +316,8 @@ def test_the_first_builder_that_works_is_chosen(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(CommandError, match="no program that builds images was found") as caught:
         choose_builder(None)
     assert ("sudo apt-get install buildah", "on Debian and Ubuntu") in caught.value.hints
+    with pytest.raises(CommandError, match="docker does not work here: Cannot connect to the Docker daemon"):
+        choose_builder("docker")
     fake_program(programs, "docker", "echo 28.2.2")
     assert isinstance(choose_builder(None), Docker)
     fake_program(programs, "buildah", "exit 0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -259,9 +258,14 @@ def choose_builder(name: str | None, *, verbose: bool = False) -> Builder:
             raise CommandError(
                 f"there is no {name} on this machine", [(f"{program()} build", "take the builder that is there")]
             )
+        if reason := _why_not(name):
+            raise CommandError(
+                f"{name} does not work here: {reason}",
+                [(f"{program()} build", "take a builder that works"), (f"{name} version", "see what it lacks")],
+            )
         return BUILDERS[name](verbose=verbose)
     for builder in BUILDERS.values():
-        if shutil.which(builder.program) and _works(builder.program):
+        if shutil.which(builder.program) and not _why_not(builder.program):
             return builder(verbose=verbose)
     raise CommandError(
         "no program that builds images was found: podman, buildah, or docker with its daemon running",
@@ -269,12 +273,12 @@ def choose_builder(name: str | None, *, verbose: bool = False) -> Builder:
     )
 
 
-def _works(name: str) -> bool:
-    """Whether a builder can build: docker needs a daemon."""
+def _why_not(name: str) -> str | None:
+    """Why a builder cannot build; None if it can. Only docker needs something that may not run: a daemon."""
     if name != "docker":
-        return True
+        return None
     try:
-        run_program(["docker", "version", "--format", "{{.Server.Version}}"], environment=dict(os.environ))
-    except ProgramFailed:
-        return False
-    return True
+        run_program(["docker", "version", "--format", "{{.Server.Version}}"])
+    except ProgramFailed as error:
+        return error.last_lines(1).strip()
+    return None
