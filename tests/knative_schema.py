@@ -26,7 +26,7 @@ _FILES = (
 def fixtures() -> Path | None:
     """The directory of the published schemas; None if it is not there."""
     named = os.environ.get("LIFL_KNATIVE_FIXTURES")
-    places = [Path(named)] if named else [p / "shared/fixtures/knative" for p in (*ROOT.parents, Path("/work"))]
+    places = [Path(named)] if named else [p / "shared/fixtures/knative" for p in ROOT.parents]
     return next((place for place in places if (place / _FILES[0]).is_file()), None)
 
 

@@ -382,6 +382,8 @@ class Node:
         """Take lines of JSON from a child: what it says when ready, or what it wants."""
         assert child.process is not None
         assert child.process.stdout is not None
+        if child.process.stdout.closed:
+            return  # its death was heard of in the same moment, and before this
         data = child.process.stdout.read(65536)
         if not data:
             if data == b"":

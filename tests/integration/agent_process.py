@@ -176,6 +176,18 @@ def collect(endpoint: Endpoint, count: int, bounces: bool = False) -> list[Descr
     return found
 
 
+def bounces_until(endpoint: Endpoint, slot: int) -> list[Descriptor]:
+    """Read what has bounced, until the descriptor of this slot has."""
+    found: list[Descriptor] = []
+    end = time.monotonic() + PATIENCE
+    while not found or found[-1].slot != slot:
+        left = end - time.monotonic()
+        assert left > 0, f"slot {slot} did not bounce, but {found}"
+        select.select([endpoint.far_fileno()], [], [], left)
+        found += endpoint.bounced()
+    return found
+
+
 def nothing_comes(endpoint: Endpoint) -> bool:
     time.sleep(0.05)
     return not endpoint.receive() and not endpoint.bounced()

@@ -38,7 +38,7 @@ from lifl.func_yaml.expressions import (
 from lifl.func_yaml.names import image_problem, parse_quantity, qualified_name_problem, registry_problem
 from ruamel.yaml import YAML
 
-from tests.conftest import ROOT
+from tests.knative_schema import need_fixtures
 
 HEAD = "specVersion: 0.36.0\nname: mean\nruntime: python\ncreated: 2026-11-22T12:00:00Z\ninvoke: cloudevent\n"
 FULL = (
@@ -374,13 +374,7 @@ def test_a_later_version_is_read_with_a_warning(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
     """The schema of func.yaml that Knative publishes."""
-    directory = Path(os.environ.get("LIFL_KNATIVE_FIXTURES") or ROOT.parent / "shared/fixtures/knative")
-    file = directory / "func_yaml-schema.json"
-    if not file.is_file():
-        pytest.skip(
-            f"there is no {file}: LIFL_KNATIVE_FIXTURES names the directory of Knative's published schemas"
-        )
-    return dict(json.loads(file.read_bytes()))
+    return dict(json.loads((need_fixtures() / "func_yaml-schema.json").read_bytes()))
 
 
 def conforms(schema: dict[str, Any], text: str) -> None:
