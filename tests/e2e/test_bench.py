@@ -22,6 +22,8 @@ from tests.hosts import require_hosts
 BENCH = [sys.executable, "-m", "lifl.cli", "bench"]
 COMPARE_POLICIES = [sys.executable, str(ROOT / "bench" / "cluster.py")]
 ALL_MODES = "lifl,lifl-unix,broker,broker-wire,broker-stock,grpc"
+pytestmark = pytest.mark.timeout(240)  # a minute where the machine is quiet, but tests run beside it
+
 MEGABYTES = "2MB"
 """More than fits in a message of the stock broker, so that every mode has to move data and not only messages."""
 
@@ -54,7 +56,7 @@ def short_temporary(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 
 
 def bench(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=110)
+    done = subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=230)
     assert done.returncode == code, done.stderr[-4000:]
     return done
 
