@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lifl.cli.common import command_path
+
 from lifl_knative.api_errors import NoCluster
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def find_access(kubeconfig: Path | None, context: str | None) -> Access:
         f"no cluster is known: there is no kubeconfig at {where}",
         [
             ("export KUBECONFIG=FILE", "name the kubeconfig of your cluster"),
-            ("func deploy --kubeconfig FILE", "or give it with the command"),
+            (f"{command_path()} --kubeconfig FILE", "or give it with the command"),
             ("kubectl config get-contexts", "the clusters that kubectl knows"),
         ],
     )
@@ -83,7 +85,7 @@ def _from_files(files: list[Path], kubeconfig: Path | None, context: str | None)
             f"no context is chosen in the kubeconfig {where}",
             [
                 ("kubectl config use-context NAME", f"choose one of: {', '.join(contexts) or 'none'}"),
-                ("func deploy --context NAME", "or give it with the command"),
+                (f"{command_path()} --context NAME", "or give it with the command"),
             ],
         )
     if chosen not in contexts:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from lifl.cli.common import CommandError, note, output_option, print_json, program
 
-from lifl_knative.options import cluster_options
+from lifl_knative.options import Duration, cluster_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lifl_knative.cluster import Cluster
 
 _OVERLAYS = ("single-node", "production", "broker-baseline")
+_OVERLAY_WITHOUT_CLUSTER = "production"
 _COMPONENTS = ("observability", "seccomp-unconfined")
 
 
@@ -66,11 +67,10 @@ def command() -> None:
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when all pods are ready.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
-    default=300.0,
+    type=Duration(),
+    default="300s",
     show_default=True,
     envvar="FUNC_TIMEOUT",
-    metavar="SECONDS",
     help="How long to wait for that.",
 )
 @cluster_options
@@ -111,7 +111,10 @@ def install_command(
         "image": image,
         "version": version,
     }
-    if dry_run == "client" and overlay is not None:  # no cluster need be there
+    if dry_run == "client" and (overlay is not None or not _knows_cluster(kubeconfig, context)):
+        choices["overlay"] = overlay or _OVERLAY_WITHOUT_CLUSTER
+        if overlay is None:
+            note(f"No cluster is known: these are the manifests of overlay {choices['overlay']}")
         _print_manifests(plan(None, **choices).objects(), output)
         return
     with _connect(kubeconfig, context) as cluster:
@@ -216,6 +219,20 @@ def uninstall_command(
     click.echo(f"platform removed from namespace {' and '.join(homes)}")
     if kept:
         click.echo(f"kept: {', '.join(kept)}; 'func platform uninstall --delete-data' deletes them")
+
+
+def _knows_cluster(kubeconfig: Path | None, context: str | None) -> bool:
+    """Whether there is a cluster to ask; it need not answer. One that is named and not there is an error."""
+    from lifl_knative.api_errors import NoCluster
+    from lifl_knative.kubeconfig import find_access
+
+    try:
+        find_access(kubeconfig, context)
+    except NoCluster:
+        if kubeconfig or context:
+            raise
+        return False
+    return True
 
 
 def _connect(kubeconfig: Path | None, context: str | None) -> Cluster:

@@ -291,13 +291,17 @@ def test_a_dry_run_prints_the_manifests_and_changes_nothing(api: KubernetesApi, 
     assert "namespace lifl-system is not there yet" in run("install", "--dry-run", "server").err
 
 
-def test_a_dry_run_needs_no_cluster_when_the_overlay_is_named(
-    api: KubernetesApi, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_needs_no_cluster(api: KubernetesApi, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", "/nowhere")
     outcome = run("install", "--dry-run", "client", "--overlay", "broker-baseline", "-o", "json")
     assert {obj["kind"] for obj in json.loads(outcome.out)} >= {"StatefulSet", "ConfigMap"}
-    assert run("install").err.startswith("Error: no cluster is known")
+    outcome = run("install", "--dry-run", "client", "-o", "json")
+    assert "DaemonSet" in {obj["kind"] for obj in json.loads(outcome.out)}
+    assert "No cluster is known: these are the manifests of overlay production" in outcome.err
+    outcome = run("install")
+    assert outcome.err.startswith("Error: no cluster is known")
+    assert "func platform install --kubeconfig FILE" in outcome.err
+    assert run("install", "--dry-run", "client", "--kubeconfig", "/nowhere").code == 1
 
 
 def test_a_dry_run_on_the_server_tells_what_it_would_refuse(api: KubernetesApi, run: Run) -> None:

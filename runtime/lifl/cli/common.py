@@ -35,6 +35,12 @@ def program() -> str:
     return (context.find_root().info_name if context else None) or "func"
 
 
+def command_path() -> str:
+    """The command that is being run, as it was called: program and verbs."""
+    context = click.get_current_context(silent=True)
+    return context.command_path if context else program()
+
+
 def note(text: str) -> None:
     """Tell the user something that is not data: one line on stderr."""
     click.echo(text, err=True)

@@ -16,6 +16,7 @@ from lifl.cli.common import (
     DEFAULT_ADDRESS,
     STATE_DIRECTORY,
     CommandError,
+    command_path,
     normalise_url,
     note,
     output_option,
@@ -273,14 +274,9 @@ def parse_address(address: str, option: str = "--address") -> tuple[str, int]:
     if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise CommandError(
             f"the address '{address}' is not of the form HOST:PORT",
-            [(f"{_command_path()} {option} {DEFAULT_ADDRESS}", "on loopback only")],
+            [(f"{command_path()} {option} {DEFAULT_ADDRESS}", "on loopback only")],
         )
     return host, int(port)
-
-
-def _command_path() -> str:
-    context = click.get_current_context(silent=True)
-    return context.command_path if context else f"{program()} run"
 
 
 def choose_address(address: str | None) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lifl.cli.common import CommandError, program
+from lifl.cli.common import CommandError, command_path
 
 if TYPE_CHECKING:
     from lifl.func_yaml.config import FunctionConfig
@@ -157,8 +157,8 @@ def choose_image(
         raise CommandError(
             "--image and --registry exclude each other",
             [
-                (f"{_command_path()} --image REGISTRY/USER/NAME:TAG", "the image's full name"),
-                (f"{_command_path()} --registry REGISTRY/USER", "the function's name is added"),
+                (f"{command_path()} --image REGISTRY/USER/NAME:TAG", "the image's full name"),
+                (f"{command_path()} --registry REGISTRY/USER", "the function's name is added"),
             ],
         )
     layers = (
@@ -181,13 +181,8 @@ def choose_image(
     raise CommandError(
         "nothing says which image to make: there is neither an image nor a registry",
         [
-            (f"{_command_path()} --registry REGISTRY/USER", "such as ghcr.io/ada; kept in func.yaml"),
-            (f"{_command_path()} --image REGISTRY/USER/NAME:TAG", "the image's full name"),
+            (f"{command_path()} --registry REGISTRY/USER", "such as ghcr.io/ada; kept in func.yaml"),
+            (f"{command_path()} --image REGISTRY/USER/NAME:TAG", "the image's full name"),
             ("export FUNC_REGISTRY=REGISTRY/USER", "for all functions of this shell"),
         ],
     )
-
-
-def _command_path() -> str:
-    context = click.get_current_context(silent=True)
-    return context.command_path if context else program()
