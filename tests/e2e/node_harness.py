@@ -27,6 +27,8 @@ from lifl.tensors import Encoder
 from lifl_ebpf.bpf_syscall import BpfError, map_ids, program_ids
 from numpy.typing import NDArray
 
+from tests.leftovers import shared_memory
+
 ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = {path.stem: path for path in (ROOT / "functions").glob("*.py")}
 PATIENCE = 30.0
@@ -66,7 +68,7 @@ class Watch:
         self._before = {name: os.environ.get(name) for name in (MARK, "XDG_RUNTIME_DIR")}
         os.environ[MARK] = self._mark
         os.environ["XDG_RUNTIME_DIR"] = str(self.runtime_base)
-        self._shared_memory = _names("/dev/shm")
+        self._shared_memory = shared_memory()
         self._bpf = _bpf_objects()
         gc.collect()
         self._descriptors = len(os.listdir("/proc/self/fd"))
@@ -108,7 +110,7 @@ class Watch:
         _settle("processes", self.processes)
         _settle("zombies", _zombie_children)
         _settle("runtime directories", lambda: [path.name for path in self.runtime_base.iterdir()])
-        _settle("entries in /dev/shm", lambda: sorted(_names("/dev/shm") - self._shared_memory))
+        _settle("entries in /dev/shm", lambda: sorted(shared_memory() - self._shared_memory))
         _settle("BPF objects", lambda: sorted(_unowned_bpf(self._bpf)))
         _settle("threads", lambda: threading.enumerate() if threading.active_count() > self._threads else [])
         gc.collect()
@@ -137,10 +139,6 @@ def _settle(what: str, left: Callable[[], Any]) -> None:
         clean = 0 if rest else clean + 1
         assert time.monotonic() < end, f"left behind: {what}: {rest}"
         time.sleep(0.02)
-
-
-def _names(directory: str) -> set[str]:
-    return set(os.listdir(directory))
 
 
 def _pids() -> list[int]:

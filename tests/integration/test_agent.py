@@ -37,6 +37,7 @@ from lifl.pool import MappedPool
 from lifl_ebpf.bpf_syscall import map_ids, program_ids, program_map_ids
 from lifl_ebpf.preflight import ebpf_reason
 
+from tests import leftovers
 from tests.integration.agent_process import (
     PATIENCE,
     AgentProcess,
@@ -545,7 +546,7 @@ def test_sixty_four_workers_join_and_are_reached(agent: AgentProcess) -> None:
 def test_nothing_is_left_in_the_kernel_or_in_shared_memory_after_the_last_process(
     tmp_path: Path, data_plane: str
 ) -> None:
-    files, mounts = set(os.listdir("/dev/shm")), Path("/proc/mounts").read_text()
+    files, mounts = leftovers.shared_memory(), leftovers.mounts()
     agent = AgentProcess(tmp_path, data_plane)
     try:
         coordinator, zygote = agent.coordinator(), agent.zygote()
@@ -559,8 +560,8 @@ def test_nothing_is_left_in_the_kernel_or_in_shared_memory_after_the_last_proces
     finally:
         agent.stop()
     eventually(lambda: not programs & set(program_ids()) and not maps & set(map_ids()))
-    assert set(os.listdir("/dev/shm")) <= files
-    assert Path("/proc/mounts").read_text() == mounts
+    assert leftovers.shared_memory() <= files
+    assert leftovers.mounts() == mounts
 
 
 def maps_of(pid: int) -> set[int]:
