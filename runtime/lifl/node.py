@@ -382,8 +382,6 @@ class Node:
         """Take lines of JSON from a child: what it says when ready, or what it wants."""
         assert child.process is not None
         assert child.process.stdout is not None
-        if child.process.stdout.closed:
-            return  # its death was heard of in the same moment, and before this
         data = child.process.stdout.read(65536)
         if not data:
             if data == b"":
@@ -416,7 +414,8 @@ class Node:
         try:
             while not self._stopping:
                 for key, _ in self._selector.select(self._seconds_to_restart()):
-                    if key.data is not None and not self._stopping:
+                    is_registered = self._selector.get_map().get(key.fd) is key  # else its process is buried
+                    if key.data is not None and is_registered and not self._stopping:
                         key.data()
                 if not self._stopping:
                     self._restart_due()

@@ -150,7 +150,9 @@ class Coordinator:
         tell_supervisor({"ready": True, "data_plane": self._context.data_plane})
         while not self._stopping:
             for key, _ in self._selector.select(self._seconds_to_next_timer()):
-                key.data()
+                # What came before it in this batch may have closed it: a lost agent takes its sockets along.
+                if self._selector.get_map().get(key.fd) is key:
+                    key.data()
             self._requests.answer_postponed()
             self._run_timers()
         os.unlink(path)
