@@ -28,6 +28,7 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from lifl.errors import InvalidInput, Unavailable
+from lifl.event_loop import ready_keys
 from lifl.logs import say
 
 _START_SECONDS: Final = 60.0
@@ -406,16 +407,15 @@ class Node:
                 raise Unavailable(f"{child.name} did not start (exit status {child.process.returncode})")
             if time.monotonic() > end:
                 raise Unavailable(f"{child.name} was not ready within {_START_SECONDS:g} s")
-            for key, _ in self._selector.select(0.5):
+            for key in ready_keys(self._selector, 0.5):
                 if key.data is not None and key.fileobj != child.pidfd:
                     key.data()
 
     def _supervise(self) -> None:
         try:
             while not self._stopping:
-                for key, _ in self._selector.select(self._seconds_to_restart()):
-                    is_registered = self._selector.get_map().get(key.fd) is key  # else its process is buried
-                    if key.data is not None and is_registered and not self._stopping:
+                for key in ready_keys(self._selector, self._seconds_to_restart()):
+                    if key.data is not None and not self._stopping:
                         key.data()
                 if not self._stopping:
                     self._restart_due()

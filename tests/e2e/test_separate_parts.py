@@ -34,6 +34,7 @@ from tests.e2e.node_harness import (
     submit_all,
     until,
 )
+from tests.hosts import require
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -237,20 +238,19 @@ def test_a_new_pod_takes_over_before_the_old_one_ends(node: SeparateNode) -> Non
 
 
 def test_a_function_cannot_pass_for_a_gateway(node: SeparateNode) -> None:
-    words = as_user(FUNCTION_USER)
-    if not words:
-        pytest.skip(
-            "processes cannot be given another user here; tests/unit/test_agent_users.py says who may be what"
-        )
+    require(
+        "processes of another user", None if os.geteuid() == 0 else "only root can give a process another user"
+    )
     program = (
-        "import sys\n"
+        "import os, sys\n"
         "from lifl.agent_client import join\n"
         "from lifl.messages import Hello\n"
+        f"os.setgroups([]); os.setresgid(*[{FUNCTION_USER}] * 3); os.setresuid(*[{FUNCTION_USER}] * 3)\n"
         "try: join(sys.argv[1], Hello(sys.argv[2]))\n"
         "except Exception as error: sys.exit(str(error))\n"
     )
     for role in ("gateway", "coordinator"):
-        command = [*words, sys.executable, "-c", program, str(node.runtime / "agent.sock"), role]
+        command = [sys.executable, "-c", program, str(node.runtime / "agent.sock"), role]
         result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert result.returncode == 1
         assert f"a process of this user cannot be a {role}" in result.stderr

@@ -54,6 +54,7 @@ from lifl.control.supervisor import tell_supervisor
 from lifl.control.workforce import Workforce
 from lifl.control_channel import close_fds, listen
 from lifl.errors import LiflError, ProtocolError, Refused, Unavailable
+from lifl.event_loop import ready_keys
 from lifl.logs import configure_logging
 from lifl.messages import Done, Hello, Joined, Left, Problem
 from lifl.process import end_with_supervisor
@@ -149,10 +150,8 @@ class Coordinator:
         gateways.serve(listen(path))
         tell_supervisor({"ready": True, "data_plane": self._context.data_plane})
         while not self._stopping:
-            for key, _ in self._selector.select(self._seconds_to_next_timer()):
-                # What came before it in this batch may have closed it: a lost agent takes its sockets along.
-                if self._selector.get_map().get(key.fd) is key:
-                    key.data()
+            for key in ready_keys(self._selector, self._seconds_to_next_timer()):
+                key.data()
             self._requests.answer_postponed()
             self._run_timers()
         os.unlink(path)
