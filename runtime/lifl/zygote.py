@@ -47,12 +47,19 @@ class Zygote:
     """Holds the function and the connection to the agent. With `file`, workers are spawned from it, not forked."""
 
     def __init__(
-        self, agent_socket: str, hello: Hello, function: AggregatorFunction | None, file: Path | None = None
+        self,
+        agent_socket: str,
+        hello: Hello,
+        function: AggregatorFunction | None,
+        output: int,
+        file: Path | None = None,
     ) -> None:
+        """`output` is the file descriptor to tell on whether it has joined."""
         self._agent_socket = agent_socket
         self._hello = hello
         self._function = function
         self._file = file
+        self._output = output
         self._connection: AgentConnection
         self._workers: set[int] = set()
         """Pidfds of workers that have not been reaped."""
@@ -73,7 +80,7 @@ class Zygote:
                             self._reap(fd)
             except LiflError as error:
                 log.info("agent lost (%s); joining the new one", error)
-                _tell(joined=False)
+                self._tell(joined=False)
                 self._poll.unregister(channel)
                 self._connection.close()
                 self._end_workers()
@@ -83,12 +90,17 @@ class Zygote:
         while True:
             try:
                 self._connection = join(self._agent_socket, self._hello)
-                _tell(joined=True)
+                self._tell(joined=True)
                 return
             except Unavailable:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.02)
+
+    def _tell(self, *, joined: bool) -> None:
+        """Tell whoever started this process."""
+        with contextlib.suppress(OSError):  # nobody listens any more
+            os.write(self._output, json.dumps({"joined": joined}).encode() + b"\n")
 
     def _hear_agent(self) -> None:
         message, _ = self._connection.channel.receive()
@@ -119,6 +131,7 @@ class Zygote:
         try:
             end_with_parent(zygote, signal.SIGKILL)
             self._connection.close()
+            os.close(self._output)
             for pidfd in self._workers:
                 os.close(pidfd)
             status = serve(channel, lambda: function, spec.job)
@@ -145,10 +158,11 @@ class Zygote:
             self._reap(pidfd)
 
 
-def _tell(*, joined: bool) -> None:
-    """Tell whoever started this process."""
-    with contextlib.suppress(OSError):  # nobody listens any more
-        print(json.dumps({"joined": joined}), flush=True)
+def take_output() -> int:
+    """Standard output for this process alone; what functions print goes to standard error, where logs are."""
+    output = os.dup(1)  # closed on exec
+    os.dup2(2, 1)
+    return output
 
 
 def main() -> None:
@@ -159,6 +173,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--start", choices=("fork", "spawn"), default="fork", help="how workers come to be")
     options = parser.parse_args()
+    output = take_output()
     end_with_supervisor()
     drop_capabilities()
     configure_logging("zygote", LOG_FORMAT)
@@ -184,7 +199,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what is here now is shared with every worker; a collection there would only copy it
     agent_socket = str(options.runtime_directory / "agent.sock")
-    Zygote(agent_socket, hello, function, None if forks else options.file.absolute()).run()
+    Zygote(agent_socket, hello, function, output, None if forks else options.file.absolute()).run()
 
 
 if __name__ == "__main__":

@@ -237,6 +237,22 @@ def test_a_new_pod_takes_over_before_the_old_one_ends(node: SeparateNode) -> Non
     assert new.probe("readiness")[0] == 200
 
 
+def test_what_a_function_prints_is_taken_for_no_message(
+    node: SeparateNode, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = node.runtime / "fedavg.py"
+    text = "import sys\nprint('{\"joined\": false}', flush=True)\n"
+    text += 'sys.stdout.write("x" * 200_000)\nsys.stdout.flush()\n'
+    file.write_text(FUNCTIONS["fedavg"].read_text() + text)
+    pod = Pod(node.runtime, "fedavg", file)
+    node.parts["pod"] = pod.process
+    pod.until_ready()
+    create_job(node, "job", SMALL, goal=4)
+    run_round(node, "job", SMALL, 4, 1)
+    assert pod.probe("readiness")[0] == 200
+    assert '{"joined": false}' in capfd.readouterr().err
+
+
 def test_a_function_cannot_pass_for_a_gateway(node: SeparateNode) -> None:
     require(
         "processes of another user", None if os.geteuid() == 0 else "only root can give a process another user"
